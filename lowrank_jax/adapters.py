@@ -1,0 +1,260 @@
+"""Adapter trees: the arrays of a plan's methods, as a value beside the base parameters."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import NamedSharding
+
+from lowrank_jax.forms import Form, leaf_spec
+from lowrank_jax.methods.base import Leaves, Method
+from lowrank_jax.plan import Entry, Plan
+from lowrank_jax.sites import Site, flatten
+
+_SHARED = "shared:"  # prefix of shared leaves among the sites of a train tree
+
+
+@struct.dataclass
+class Adapters:
+    """A pytree of adapter leaves.
+
+    Attributes:
+      sites: ``{path: {leaf: array}}``; shared: ``{method: {leaf: array}}`` for leaves common to several sites.
+      plan: what made them (static).
+      folded: whether the anchors have been moved into the base (static); see `fold`.
+      stacked: how many adapters are stacked along a leading axis, or None (static); see `stack`.
+    """
+
+    sites: dict[str, Leaves]
+    shared: dict[str, Leaves]
+    plan: Plan = struct.field(pytree_node=False)
+    folded: bool = struct.field(pytree_node=False, default=False)
+    stacked: int | None = struct.field(pytree_node=False, default=None)
+
+
+class Count(NamedTuple):
+    """Sizes of an adapter: parameters trained (at the start), parameters frozen, bytes held."""
+
+    trainable: int
+    frozen: int
+    bytes: int
+
+
+Train = dict[str, Leaves]
+
+
+def init(key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32) -> Adapters:
+    """Makes a plan's adapters.
+
+    Each site's randomness depends on ``key`` and its path only. Where the base is sharded over a mesh the leaves are laid out
+    beside their kernels.
+
+    Args:
+      key: a PRNG key. params: the model's parameters; read, never changed. dtype: storage dtype of floating leaves.
+
+    Raises:
+      ValueError: parameters of another model than the plan's.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.ones((4, 3))}}
+      >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lora(rank=2)}))
+      >>> jax.tree.map(jnp.shape, adapters.sites)
+      {'layer/kernel': {'a': (4, 2), 'b': (2, 3)}}
+    """
+    flat = flatten(params)
+    check_params(flat, plan)
+    made = {}
+    for entry in plan.entries:
+        weight = flat[entry.site.path]
+        kernel = weight if entry.method.needs_kernel else None
+        mesh = weight.sharding.mesh if isinstance(getattr(weight, "sharding", None), NamedSharding) else None
+        make = _maker(entry.method, _anonymous(entry.site), entry.layers, jnp.dtype(dtype), mesh)
+        made[entry.site.path] = make(key, _path_hash(entry.site.path), kernel)
+    shared = {}
+    for name, (method, sites) in plan.shared.items():
+        assert method.init_shared is not None
+        leaves = method.init_shared(jax.random.fold_in(key, _path_hash(name)), sites)
+        shared[name] = {k: _cast(v, plan.shared_leaves[name][k].dtype or dtype) for k, v in leaves.items()}
+    return Adapters(made, shared, plan)
+
+
+def _path_hash(path: str) -> np.uint32:
+    return np.uint32(zlib.crc32(path.encode()))
+
+
+def _anonymous(site: Site) -> Site:
+    return replace(site, path="")
+
+
+@functools.lru_cache(maxsize=4096)
+def _maker(method: Method, site: Site, layers: tuple[int, ...] | None, dtype: Any, mesh: Any) -> Any:
+    """One jitted initialiser for all sites of the same shape."""
+    entry = Entry(site, method, layers)
+
+    def make(key: jax.Array, path_hash: jax.Array, weight: jax.Array | None) -> Leaves:
+        kernel = None if weight is None else local_kernel(entry, weight).astype(jnp.float32)
+        leaves = method.init(jax.random.fold_in(key, path_hash), entry.local, kernel)
+        return {name: _cast(value, entry.leaves[name].dtype or dtype) for name, value in leaves.items()}
+
+    shardings = None
+    if mesh is not None:
+        specs = {name: leaf_spec(leaf, entry.local) for name, leaf in entry.leaves.items()}
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items() if spec is not None} or None
+    return jax.jit(make, out_shardings=shardings)
+
+
+def _cast(value: jax.Array, dtype: Any) -> jax.Array:
+    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+
+def check_params(flat: Mapping[str, Any], plan: Plan) -> None:
+    """Raises a ValueError that names the weight unless ``flat`` has every weight of the plan, of the right shape."""
+    for entry in plan.entries:
+        weight = flat.get(entry.site.path)
+        if weight is None or tuple(weight.shape) != entry.site.shape:
+            got = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
+            raise ValueError(
+                f"{entry.site.path} {got} in these parameters; the plan was made for shape {entry.site.shape}. "
+                "Use the parameters the plan was made from, or make a new plan."
+            )
+
+
+def local_kernel(entry: Entry, weight: jax.Array) -> jax.Array:
+    """A weight as the entry's method sees it: canonical, its stack cut down to the adapted layers."""
+    if entry.site.kind == "param":
+        return weight
+    matrix = entry.site.canonical(weight)
+    return matrix if entry.layers is None else matrix[jnp.asarray(entry.layers)]
+
+
+def partition(adapters: Adapters, step: int = 0, total_steps: int = 1) -> tuple[Train, Adapters]:
+    """Splits an adapter into what is trained at a step of a run and the rest.
+
+    Args:
+      step, total_steps: where in the run; the trained set changes at ``plan.phases(total_steps)`` only.
+
+    Returns:
+      ``(train, frozen)``: a plain tree ``{path: {leaf: array}}`` to differentiate, and the adapter without those leaves.
+      `join` puts them together again.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.eye(4)}}
+      >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lamda(rank=2)}))
+      >>> sorted(lr.partition(adapters)[0]["layer/kernel"]), sorted(lr.partition(adapters, 50, 100)[0]["layer/kernel"])
+      (['b', 'm'], ['m'])
+    """
+    plan, train, rest, rest_shared = adapters.plan, {}, {}, {}
+    for entry in plan.entries:
+        path = entry.site.path
+        ours, others = _divide(adapters.sites[path], lambda n, e=entry: plan.is_trained(e.leaves[n], step, total_steps))
+        rest[path] = others
+        if ours:
+            train[path] = ours
+    for name, described in plan.shared_leaves.items():
+        ours, others = _divide(adapters.shared[name], lambda n, d=described: plan.is_trained(d[n], step, total_steps))
+        rest_shared[name] = others
+        if ours:
+            train[_SHARED + name] = ours
+    return train, adapters.replace(sites=rest, shared=rest_shared)  # type: ignore[attr-defined]
+
+
+def _divide(leaves: Leaves, trained: Any) -> tuple[Leaves, Leaves]:
+    return {n: v for n, v in leaves.items() if trained(n)}, {n: v for n, v in leaves.items() if not trained(n)}
+
+
+def join(train: Train, frozen: Adapters) -> Adapters:
+    """Inverse of `partition`. Safe inside jit and grad."""
+    sites = {path: {**leaves, **train.get(path, {})} for path, leaves in frozen.sites.items()}
+    shared = {name: {**leaves, **train.get(_SHARED + name, {})} for name, leaves in frozen.shared.items()}
+    return frozen.replace(sites=sites, shared=shared)  # type: ignore[attr-defined]
+
+
+def mask(adapters: Adapters, step: int = 0, total_steps: int = 1) -> Adapters:
+    """The adapter's tree with True at trained leaves: a mask for ``optax.masked`` and its like.
+
+    Prefer `partition`: a mask stops updates, but the gradients and the optimizer state of what it masks still cost memory.
+    """
+    plan = adapters.plan
+    sites = {
+        path: {name: plan.is_trained(plan.by_path[path].leaves[name], step, total_steps) for name in leaves}
+        for path, leaves in adapters.sites.items()
+    }
+    shared = {
+        group: {name: plan.is_trained(plan.shared_leaves[group][name], step, total_steps) for name in leaves}
+        for group, leaves in adapters.shared.items()
+    }
+    return adapters.replace(sites=sites, shared=shared)  # type: ignore[attr-defined]
+
+
+def count(adapters: Adapters) -> Count:
+    """Parameters trained at the start, parameters frozen, and bytes."""
+    arrays = jax.tree.leaves(adapters)
+    total = sum(math.prod(x.shape) for x in arrays)
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(partition(adapters)[0]))
+    return Count(trained, total - trained, sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
+
+
+def expand(adapters: Adapters) -> dict[str, Form]:
+    """The forms of every adapted weight, ``{path: form}``: what the bridges apply. Pure and differentiable.
+
+    Runs once a step, outside the model. A stack of adapters gives forms with a leading axis of adapters.
+    """
+
+    def one(sites: dict[str, Leaves], shared: dict[str, Leaves]) -> dict[str, Form]:
+        return {e.site.path: _expand_site(e, sites[e.site.path], shared, adapters.folded) for e in adapters.plan.entries}
+
+    if adapters.stacked is None:
+        return one(adapters.sites, adapters.shared)
+    return jax.vmap(one)(adapters.sites, adapters.shared)
+
+
+def _expand_site(entry: Entry, leaves: Leaves, shared: dict[str, Leaves], folded: bool) -> Form:
+    kept = {n: v for n, v in leaves.items() if not (folded and entry.leaves[n].anchor)}
+    form = entry.method.expand(entry.local, kept, shared.get(str(entry.method), {}))
+    return spread(entry, form)
+
+
+def spread(entry: Entry, form: Form) -> Form:
+    """Lays the factors of some layers into a whole stack; all-zero factors mean no change at the others."""
+    if entry.layers is None:
+        return form
+    depth, rows = entry.site.shape[entry.site.batch[0]], jnp.asarray(entry.layers)
+    return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape[1:]), x.dtype).at[rows].set(x), form)
+
+
+def stack(adapters: Sequence[Adapters]) -> Adapters:
+    """Several adapters of one plan as one tree with a leading axis, for a different adapter on each row of a batch.
+
+    Raises:
+      ValueError: none given, different plans, folded or already stacked adapters.
+    """
+    if not adapters:
+        raise ValueError("stack needs at least one adapter.")
+    first = adapters[0]
+    for n, other in enumerate(adapters):
+        if other.plan != first.plan:
+            raise ValueError(f"stack: adapter {n} has another plan than adapter 0; convert them to the same methods and ranks.")
+        if other.folded or other.stacked is not None:
+            raise ValueError(f"stack: adapter {n} is {'folded: unfold it' if other.folded else 'already a stack'}; rows share one base.")
+    trees = [(a.sites, a.shared) for a in adapters]
+    sites, shared = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+    return Adapters(sites, shared, first.plan, False, len(adapters))
+
+
+def take(stacked: Adapters, index: int) -> Adapters:
+    """One adapter of a stack; the inverse of `stack`."""
+    if stacked.stacked is None or not 0 <= index < stacked.stacked:
+        raise ValueError(f"take: index {index} outside a stack of {stacked.stacked} adapters.")
+    one = jax.tree.map(lambda x: x[index], stacked)
+    return one.replace(stacked=None)

@@ -1,0 +1,90 @@
+"""What the Linen and the NNX bridge share: routes, and one site's call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.adapters import Adapters, check_params, expand
+from lowrank_jax.folding import merged_weight
+from lowrank_jax.forms import Call, Form, UnsupportedError, apply_rows
+from lowrank_jax.layout import Labels
+
+
+class Routes(NamedTuple):
+    """Forms to apply inside the model, and weights to lay into its parameters."""
+
+    forms: dict[str, Form]
+    weights: dict[str, jax.Array]
+
+
+def routes(flat: Mapping[str, Any], adapters: Adapters) -> Routes:
+    """Divides an adapter's sites between the factored and the dense route."""
+    check_params(flat, adapters.plan)
+    forms, weights = {}, {}
+    for path, form in expand(adapters).items():
+        entry = adapters.plan.by_path[path]
+        if entry.route == "factored":
+            forms[path] = form
+        elif adapters.stacked is None:
+            weights[path] = merged_weight(entry, flat[path], form)
+        else:
+            raise UnsupportedError(
+                f"{path}: {entry.method.name} takes the dense route, which cannot differ between the rows of a batch. "
+                "Merge it, or serve one adapter at a time."
+            )
+    return Routes(forms, weights)
+
+
+def adapt_matmul(
+    form: Form, labels: Labels, x: jax.Array, y: jax.Array, weight: jax.Array, rng: Any, rows: jax.Array | None
+) -> jax.Array:
+    """The output of one matmul with its adapter, in the matmul's own layout."""
+    order = labels.batch + labels.inputs + labels.outputs
+    kernel = jnp.transpose(weight, [labels.w.index(c) for c in order]) if order != labels.w else weight
+    n_batch, n_in = len(labels.batch), len(labels.inputs)
+    shape = kernel.shape
+    flat_in = _product(shape[n_batch : n_batch + n_in])
+    kernel = kernel.reshape(*shape[:n_batch], flat_in, -1)
+    if rows is not None and labels.batch:
+        raise UnsupportedError("A different adapter on each row is not available for a matmul with batch axes of its own (experts).")
+    call = Call("dense", labels.canonical_input(x).astype(y.dtype), labels.canonical_output(y), kernel, _batched_matmul, rng)
+    return labels.output(run(form, call, rows), weight.shape)
+
+
+def run(form: Form, call: Call, rows: jax.Array | None) -> jax.Array:
+    """A form on a call, for the whole batch or with a different adapter for each row."""
+    return form.apply(call) if rows is None else apply_rows(form, rows, call)
+
+
+def embed_call(ids: jax.Array, y: jax.Array, table: jax.Array) -> Call:
+    """The call of an embedding lookup."""
+    return Call("embed", ids, y, table, lambda ids, w: jnp.take(w, ids, axis=0))
+
+
+def conv_call(x: jax.Array, y: jax.Array, kernel: jax.Array, convolve: Callable[[jax.Array, jax.Array], jax.Array], rng: Any) -> Call:  # fmt: skip
+    """The call of a convolution; ``convolve(x, kernel)`` runs the module with another kernel and no bias."""
+    window = kernel.shape[:-1]
+
+    def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+        return convolve(x, w.reshape(*window, w.shape[-1]))
+
+    return Call("conv", x, y, kernel.reshape(-1, kernel.shape[-1]), linear, rng)
+
+
+def _batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x [*batch, ..., n] @ w [*batch, n, k]``."""
+    product = jnp.matmul
+    for _ in w.shape[:-2]:
+        product = jax.vmap(product)
+    return product(x, w)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    out = 1
+    for size in sizes:
+        out *= size
+    return out

@@ -1,0 +1,121 @@
+"""Adapters and plain parameters: merging into them, and moving anchors in and out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.adapters import Adapters, check_params, expand, local_kernel, spread
+from lowrank_jax.forms import Form, UnsupportedError
+from lowrank_jax.plan import Entry
+from lowrank_jax.sites import flatten, with_leaves
+
+
+def merge(params: Any, adapters: Adapters) -> Any:
+    """Plain parameters that act like the base with the adapter: any Flax code runs them.
+
+    Computed in float32 whatever the storage dtype, then rounded once. Neither argument is changed.
+
+    Args:
+      params: the base the adapter belongs to (folded with it, if it is folded).
+
+    Raises:
+      ValueError: a weight that would not be finite (named; nothing is returned), or parameters of another model.
+      UnsupportedError: a form without a dense update, or a stack of adapters.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.zeros((2, 2))}}
+      >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lora(rank=1)}))
+      >>> lr.merge(params, adapters)["layer"]["kernel"].tolist()
+      [[0.0, 0.0], [0.0, 0.0]]
+    """
+    if adapters.stacked is not None:
+        raise UnsupportedError("merge takes one adapter; pick one of the stack with lowrank_jax.take.")
+    flat = flatten(params)
+    check_params(flat, adapters.plan)
+    new: dict[str, Any] = {}
+    for path, form in expand(adapters).items():
+        entry = adapters.plan.by_path[path]
+        new[path] = merged_weight(entry, flat[path], form)
+        update_bias = getattr(form, "delta_bias", None)
+        bias_path = f"{entry.site.module}/bias"
+        if update_bias is not None and bias_path in flat:
+            bias = new.get(bias_path, flat[bias_path])
+            change = update_bias(bias.reshape(*entry.site.batch_shape, -1))
+            if change is not None:
+                new[bias_path] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+    _refuse_nonfinite(new)
+    return with_leaves(params, new)
+
+
+def merged_weight(entry: Entry, weight: jax.Array, form: Form) -> jax.Array:
+    """One weight plus its form's update, in the weight's own layout and dtype."""
+    if entry.site.kind == "param":
+        return form.weight.astype(weight.dtype)  # type: ignore[attr-defined]
+    matrix = entry.site.canonical(weight)
+    if type(form).__name__ == "Dense":
+        return entry.site.original(form.weight).astype(weight.dtype)  # type: ignore[attr-defined]
+    return entry.site.original(matrix.astype(jnp.float32) + form.delta(matrix)).astype(weight.dtype)
+
+
+def fold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
+    """Moves every anchor into a copy of the base, so that training and serving no longer pay for it.
+
+    Args:
+      params: the base. Untouched: the result shares every weight that has no anchor.
+
+    Returns:
+      ``(folded_params, folded_adapters)``, which together act like the arguments, to rounding. Methods without an anchor
+      are left as they are. The folded adapter only fits the folded base.
+
+    Raises:
+      ValueError: already folded, or a weight that would not be finite.
+    """
+    if adapters.folded:
+        raise ValueError("fold: these adapters are folded already.")
+    return _shift(params, adapters, lambda w, d: w - d), adapters.replace(folded=True)  # type: ignore[attr-defined]
+
+
+def unfold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
+    """Inverse of `fold`, to rounding in the base's dtype. Keep the original base where bits matter; folding leaves it alone.
+
+    Raises:
+      ValueError: not folded.
+    """
+    if not adapters.folded:
+        raise ValueError("unfold: these adapters are not folded.")
+    return _shift(params, adapters, lambda w, d: w + d), adapters.replace(folded=False)  # type: ignore[attr-defined]
+
+
+def _shift(params: Any, adapters: Adapters, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
+    if adapters.stacked is not None:
+        raise UnsupportedError("A stack of adapters cannot be folded: its rows share one base.")
+    flat = flatten(params)
+    check_params(flat, adapters.plan)
+    new = {}
+    for entry in adapters.plan.entries:
+        if entry.method.anchor is None:
+            continue
+        weight = flat[entry.site.path]
+        anchor = spread(entry, entry.method.anchor(entry.local, adapters.sites[entry.site.path]))
+        matrix = entry.site.canonical(weight).astype(jnp.float32)
+        new[entry.site.path] = entry.site.original(combine(matrix, anchor.delta(matrix))).astype(weight.dtype)
+    _refuse_nonfinite(new)
+    return with_leaves(params, new)
+
+
+def _refuse_nonfinite(new: dict[str, Any]) -> None:
+    for path, weight in new.items():
+        if isinstance(weight, jax.core.Tracer) or not jnp.issubdtype(weight.dtype, jnp.floating):
+            continue
+        if not bool(jnp.isfinite(weight).all()):
+            raise ValueError(
+                f"{path}: the merged weight is not finite. The adapter or the base holds NaN or inf there; nothing was merged."
+            )
+
+
+__all__ = ["fold", "local_kernel", "merge", "merged_weight", "unfold"]

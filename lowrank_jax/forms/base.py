@@ -1,0 +1,141 @@
+"""What every form is made of: leaves, a view of one linear call, and the protocol.
+
+A form says how factors act. It is a pytree of arrays with pure functions; methods build it, bridges call it. The arrays
+a form sees inside a model have no layer axis (a scan has taken its slice); outside they carry the site's batch axes in front.
+All-zero factors mean "no change" in every form, which is what makes a layer outside ``layers=`` cost nothing to express.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lowrank_jax.sites import Site
+
+
+class Leaf(NamedTuple):
+    """The abstract description of one array of an adapter at one site.
+
+    Attributes:
+      shape: shape without the site's batch axes.
+      axes: one role an axis: ``'in'`` and ``'out'`` shard like the kernel's, everything else is replicated.
+      trains: ``(start, stop)`` as fractions of the training run in which the leaf is trained, or None: frozen for good.
+      dtype: storage dtype, or None for the adapter's default (float32).
+      anchor: whether the leaf belongs to a frozen anchor, the initial factors whose delta is subtracted.
+      count: trainable numbers in the leaf over the whole stack where padding makes it differ from its size.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    trains: tuple[float, float] | None = (0.0, 1.0)
+    dtype: Any = None
+    anchor: bool = False
+    count: int | None = None
+
+
+class Call(NamedTuple):
+    """One linear call of a model, seen canonically.
+
+    Attributes:
+      kind: the site's kind.
+      x: the input. dense: ``[*batch, ..., n_in]``; conv: the feature map; embed: integer ids.
+      y: the call's own output, ``[*batch, ..., n_out]``.
+      kernel: the weight, ``[*batch, n_in, n_out]``.
+      linear: ``(x, w [*batch, n_in, k]) -> [..., k]``, the site's own linear operation with another weight.
+      rng: a key for dropout, or None outside training.
+    """
+
+    kind: str
+    x: jax.Array
+    y: jax.Array
+    kernel: jax.Array
+    linear: Callable[[jax.Array, jax.Array], jax.Array]
+    rng: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a form can do, as data; the conformance suite asserts it both ways.
+
+    Attributes:
+      kinds: the site kinds it applies to.
+      factored: whether it acts inside the model without forming a dense update.
+      delta: whether it has a dense update, so that it can be merged.
+      rows: whether each row of a batch may have its own adapter.
+      low_rank: whether it converts exactly to a LoRA.
+    """
+
+    kinds: frozenset[str]
+    factored: bool = True
+    delta: bool = True
+    rows: bool = True
+    low_rank: bool = False
+
+
+class Form(Protocol):
+    """The protocol: a pytree of factors.
+
+    ``apply(call)`` gives the adapted output ``[*batch, ..., n_out]``. ``delta(kernel)`` gives the dense update
+    ``[*batch, n_in, n_out]`` in float32; ``kernel`` is the canonical weight. ``transpose()`` is the same map read backwards
+    (an embedding used to attend).
+    """
+
+    record: ClassVar[Record]
+
+    def apply(self, call: Call) -> jax.Array: ...
+
+    def delta(self, kernel: jax.Array) -> jax.Array: ...
+
+    def transpose(self) -> Form: ...
+
+
+class UnsupportedError(ValueError):
+    """A form or method was asked for something its record does not declare."""
+
+
+def apply_rows(form: Form, rows: jax.Array, call: Call) -> jax.Array:
+    """Applies a different adapter to each row of a batch.
+
+    Args:
+      form: factors with a leading axis of adapters, ``[n, ...]``.
+      rows: ``[batch]`` int32, the adapter of each row; -1 asks for the base.
+      call: the call for the whole batch, whose input and output have the rows in front.
+
+    Returns:
+      The adapted output ``[batch, ..., n_out]``.
+
+    Raises:
+      UnsupportedError: the form cannot be applied by rows.
+      ValueError: the call's batch has another length than ``rows``.
+    """
+    if not form.record.rows:
+        raise UnsupportedError(f"{type(form).__name__} cannot apply a different adapter to each row of a batch; merge it instead.")
+    if call.y.shape[0] != rows.shape[0]:
+        raise ValueError(f"rows has {rows.shape[0]} entries but the batch at this site has {call.y.shape[0]} rows.")
+    own = jax.tree.map(lambda leaf: leaf[jnp.maximum(rows, 0)], form)
+    adapted = jax.vmap(lambda factors, x, y: factors.apply(call._replace(x=x, y=y)))(own, call.x, call.y)
+    is_base = (rows < 0).reshape(-1, *[1] * (call.y.ndim - 1))
+    return jnp.where(is_base, call.y, adapted)
+
+
+def leaf_spec(leaf: Leaf, site: Site) -> PartitionSpec | None:
+    """The PartitionSpec of a leaf, inherited from its kernel's; None where the kernel's is unknown.
+
+    A canonical axis made of several kernel axes (heads x head_dim) keeps the sharding of the first of them, which is the
+    only one that survives flattening; if a later one is sharded the canonical axis is replicated.
+    """
+    if site.spec is None:
+        return None
+    full = tuple(site.spec) + (None,) * (len(site.shape) - len(site.spec))
+    roles = {"in": _merged(full, site.inputs), "out": _merged(full, site.outputs)}
+    batch = [full[a] for a in site.batch]
+    return PartitionSpec(*batch, *(roles.get(axis) for axis in leaf.axes))
+
+
+def _merged(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
+    return spec[axes[0]] if axes and all(spec[a] is None for a in axes[1:]) else None

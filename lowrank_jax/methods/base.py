@@ -1,0 +1,155 @@
+"""What a method is: a named tuple of pure functions that turn parameters into the factors of a form.
+
+A method is one paper and one small file. It says which leaves it keeps at a site, how they start and how they become factors;
+everything else (apply, merge, sharding, checkpoints, export) belongs to the form and is already written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from lowrank_jax.forms import Form, Leaf
+from lowrank_jax.sites import Site
+
+Leaves = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe for adapters. Equal configurations are equal methods.
+
+    Attributes:
+      form: the form it makes.
+      leaves: ``site -> {name: Leaf}``, the abstract description of what is kept at a site; raises ValueError where the site
+        does not fit (a rank above the dimension).
+      init: ``(key, site, kernel) -> {name: array}``; ``kernel`` is canonical float32, or None unless ``needs_kernel``.
+      expand: ``(site, leaves, shared) -> form``. Leaves of a folded anchor are absent.
+      anchor: ``(site, leaves) -> form`` whose delta is subtracted from the base, or None: the method has no anchor.
+      shared: ``sites -> {name: Leaf}`` kept once for all sites of the method; init_shared: ``(key, sites) -> {name: array}``.
+      transform: ``total_steps -> optax transform`` that runs after the optimizer on this method's trainable leaves,
+        ``{path: {leaf: update}}``; None: nothing to add.
+      allocate: ``(sites, kernels) -> {path: Method}`` chooses each site's own method when a plan is made, from the weights.
+      exact_init: whether the delta at init is exactly zero; False: to rounding of the weights, or as the docstring says.
+      needs_kernel: whether ``init`` reads the weight.
+      name, config: what it was made from, for equality, checkpoints and tables.
+    """
+
+    form: type = field(compare=False)
+    leaves: Callable[[Site], dict[str, Leaf]] = field(compare=False)
+    init: Callable[[jax.Array, Site, jax.Array | None], Leaves] = field(compare=False)
+    expand: Callable[[Site, Mapping[str, jax.Array], Mapping[str, jax.Array]], Form] = field(compare=False)
+    anchor: Callable[[Site, Mapping[str, jax.Array]], Form] | None = field(default=None, compare=False)
+    shared: Callable[[tuple[Site, ...]], dict[str, Leaf]] | None = field(default=None, compare=False)
+    init_shared: Callable[[jax.Array, tuple[Site, ...]], Leaves] | None = field(default=None, compare=False)
+    transform: Callable[[int], optax.GradientTransformation] | None = field(default=None, compare=False)
+    allocate: Callable[[Mapping[str, Site], Mapping[str, Any]], dict[str, Method]] | None = field(
+        default=None, compare=False
+    )
+    exact_init: bool = field(default=True, compare=False)
+    needs_kernel: bool = field(default=False, compare=False)
+    name: str = ""
+    config: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.config)})"
+
+
+_FACTORIES: dict[str, Callable[..., Method]] = {}
+M = TypeVar("M", bound=Callable[..., Method])
+
+
+def method(factory: M) -> M:
+    """Registers a function that makes a `Method`: gives the result its name and configuration, and checks the arguments.
+
+    Raises (from the wrapped function):
+      TypeError: a field the method does not have; names the nearest.
+    """
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: Any, **fields: Any) -> Method:
+        unknown = [f for f in fields if f not in signature.parameters]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], signature.parameters, n=1, cutoff=0.4)
+            raise TypeError(
+                f"{factory.__name__} has no field {unknown[0]!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+                f"Its fields: {', '.join(signature.parameters)}."
+            )
+        bound = signature.bind(*args, **fields)
+        bound.apply_defaults()
+        config = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in bound.arguments.items())
+        made = factory(**dict(config))
+        object.__setattr__(made, "name", factory.__name__)
+        object.__setattr__(made, "config", config)
+        return made
+
+    _FACTORIES[factory.__name__] = make
+    return make  # type: ignore[return-value]
+
+
+def build(name: str, config: Mapping[str, Any] | None = None) -> Method:
+    """The method called ``name``, from its fields; the inverse of ``(method.name, method.config)``.
+
+    Raises:
+      ValueError: no such method; names the nearest. TypeError: an unknown field.
+
+    Example:
+      >>> build("lora", {"rank": 4}).name
+      'lora'
+    """
+    if name not in _FACTORIES:
+        near = difflib.get_close_matches(name, _FACTORIES, n=1, cutoff=0.3)
+        raise ValueError(
+            f"Unknown method {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(sorted(_FACTORIES))}."
+        )
+    return _FACTORIES[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in (config or {}).items()})
+
+
+def names() -> tuple[str, ...]:
+    """The names of all registered methods."""
+    return tuple(sorted(_FACTORIES))
+
+
+def check_rank(name: str, rank: int, site: Site, limit: int | None = None) -> None:
+    """Raises a ValueError that names the site unless ``1 <= rank <= limit`` (default: the site's smaller dimension)."""
+    limit = site.max_rank if limit is None else limit
+    if not 1 <= rank <= limit:
+        raise ValueError(
+            f"{name} at {site.path}: rank {rank} is not between 1 and {limit} (the weight is {site.n_in} x {site.n_out}). "
+            f"Choose a rank of at most {limit}, or exclude the site."
+        )
+
+
+def random_a(key: jax.Array, shape: tuple[int, ...], init: str = "kaiming") -> jax.Array:
+    """A random input-side factor ``[*batch, n_in, r]``: uniform in +-1/sqrt(n_in), or normal with deviation 1/r."""
+    if init == "gaussian":
+        return jax.random.normal(key, shape) / shape[-1]
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def scaling(rank: int, alpha: float | None, rank_stabilised: bool = False) -> float:
+    """``alpha / rank`` or ``alpha / sqrt(rank)``; alpha defaults to the rank."""
+    alpha = rank if alpha is None else alpha
+    return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
+
+
+def check_choice(name: str, field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError that lists the choices unless ``value`` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}({field}={value!r}): expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_dropout(name: str, dropout: float) -> None:
+    """Raises a ValueError unless ``0 <= dropout < 1``."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}(dropout={dropout}): expected a probability in [0, 1).")

@@ -1,0 +1,198 @@
+"""Sites: the places where a weight acts linearly, described without touching a device.
+
+A site is what a plan selects and a method adapts. It is a few facts about one weight of the model: its path, its shape, and
+which of its axes are *batch* (layers stacked by a scan, experts), *in* and *out*. Everything downstream sees the
+weight canonically as ``[*batch, n_in, n_out]``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+Kind = Literal["dense", "conv", "embed", "param"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adaptable weight.
+
+    Attributes:
+      path: '/'-joined path of the weight in the parameters, e.g. ``'encoder/layers/attention/query/kernel'``.
+      kind: how it acts: ``dense`` (any matmul), ``conv``, ``embed`` (lookup, and attend), ``param`` (anything else: biases,
+        norms; only dense forms apply).
+      shape: shape of the weight; dtype: its storage dtype name.
+      batch, inputs, outputs: the axes of the weight by role; together they are all its axes.
+      scanned: the batch axes that a transform (nn.scan, nn.vmap) slices away before the module sees its weight; they come first in ``batch``.
+      factored: whether a bridge can apply a form inside the model. False means the update has to be added to the weight.
+      spec: the weight's PartitionSpec where it is known.
+    """
+
+    path: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+    batch: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    scanned: tuple[int, ...] = ()
+    factored: bool = True
+    spec: PartitionSpec | None = None
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the weight."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.batch)
+
+    @property
+    def n_in(self) -> int:
+        return math.prod(self.shape[a] for a in self.inputs)
+
+    @property
+    def n_out(self) -> int:
+        return math.prod(self.shape[a] for a in self.outputs)
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.n_in, self.n_out)
+
+    def canonical(self, weight: jax.Array) -> jax.Array:
+        """The weight as ``[*batch, n_in, n_out]``."""
+        order = self.batch + self.inputs + self.outputs
+        weight = weight if order == tuple(range(len(order))) else jnp.transpose(weight, order)
+        return weight.reshape(*self.batch_shape, self.n_in, self.n_out)
+
+    def original(self, matrix: jax.Array) -> jax.Array:
+        """Inverse of `canonical`."""
+        order = self.batch + self.inputs + self.outputs
+        matrix = matrix.reshape([self.shape[a] for a in order])
+        if order == tuple(range(len(order))):
+            return matrix
+        return jnp.transpose(matrix, [order.index(a) for a in range(len(order))])
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """A tree of parameters as ``{'a/b/kernel': array}``; accepts dicts, FrozenDicts and NNX states."""
+    if hasattr(params, "to_pure_dict"):
+        params = params.to_pure_dict()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(_key(k) for k in path): leaf for path, leaf in leaves}
+
+
+def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of ``params`` with the leaves named in ``new`` replaced; everything else is shared."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    return treedef.unflatten([new.get("/".join(_key(k) for k in path), leaf) for path, leaf in leaves])
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def describe(path: str, leaf: Any, kind: Kind, *, batch: Iterable[int] = (), inputs: Iterable[int] = (),
+             outputs: Iterable[int] = (), scanned: Iterable[int] = (), factored: bool = True) -> Site:  # fmt: skip
+    """A `Site` for one leaf (an array or anything with ``shape`` and ``dtype``)."""
+    sharding = getattr(leaf, "sharding", None)
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    return Site(path, kind, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, tuple(batch), tuple(inputs), tuple(outputs),
+                tuple(scanned), factored, spec)  # fmt: skip
+
+
+def sites(params: Any, declare: Mapping[str, str] | None = None) -> dict[str, Site]:
+    """Finds the sites of a model from its parameters alone.
+
+    Unambiguous weights are recognised by name and rank: a two-axis ``kernel`` is a dense weight, a two-axis ``embedding`` a
+    table, and a ``kernel`` with one more axis than two is a stack of dense weights when the ``bias`` beside it says so.
+    Everything else is of kind ``param``; to see what it is run one abstract trace with ``lowrank_jax.linen.sites`` or
+    ``lowrank_jax.nnx.sites``, or declare it.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs.
+      declare: ``{pattern: roles}`` for weights that cannot be recognised. ``roles`` has one letter an axis: ``b`` batch, ``i`` in,
+        ``o`` out. A declared weight of an unknown module takes the dense route (its update is added to the weight).
+
+    Returns:
+      ``{path: Site}`` in the order of the tree.
+
+    Raises:
+      ValueError: a declaration that matches nothing or has the wrong number of letters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> found = sites({"layer": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}})
+      >>> [(s.path, s.kind, s.n_in, s.n_out) for s in found.values()]
+      [('layer/bias', 'param', 0, 0), ('layer/kernel', 'dense', 4, 8)]
+    """
+    flat = flatten(params)
+    found = {path: _guess(path, leaf, flat) for path, leaf in flat.items()}
+    for pattern, roles in (declare or {}).items():
+        hits = [path for path in found if matches(pattern, path)]
+        if not hits:
+            raise ValueError(no_match(f"declare={{{pattern!r}: ...}}", pattern, found))
+        for path in hits:
+            if len(roles) != len(found[path].shape) or set(roles) - set("bio"):
+                raise ValueError(
+                    f"declare={{{pattern!r}: {roles!r}}}: {path} has shape {found[path].shape}; expected one letter an axis, "
+                    "b (batch), i (in) or o (out), such as 'bio'."
+                )
+            axes = {c: tuple(n for n, r in enumerate(roles) if r == c) for c in "bio"}
+            known = path.rpartition("/")[2] in ("kernel", "embedding")
+            found[path] = replace(found[path], kind="dense", batch=axes["b"], inputs=axes["i"], outputs=axes["o"],
+                                  scanned=axes["b"], factored=known)  # fmt: skip
+    return found
+
+
+def _guess(path: str, leaf: Any, flat: Mapping[str, Any]) -> Site:
+    module, _, name = path.rpartition("/")
+    shape = tuple(leaf.shape)
+    bias = flat.get(f"{module}/bias" if module else "bias")
+    if name == "kernel" and len(shape) == 2 and not (bias is not None and len(bias.shape) == 2):
+        return describe(path, leaf, "dense", inputs=(0,), outputs=(1,))
+    if name == "kernel" and bias is not None and len(shape) == len(bias.shape) + 1 and len(shape) > 2:
+        stacked = len(shape) - 2
+        if tuple(bias.shape) == (*shape[:stacked], shape[-1]):
+            return describe(path, leaf, "dense", batch=range(stacked), inputs=(stacked,),
+                            outputs=(stacked + 1,), scanned=range(stacked))  # fmt: skip
+    if name == "embedding" and len(shape) == 2:
+        return describe(path, leaf, "embed", inputs=(0,), outputs=(1,))
+    return describe(path, leaf, "param", factored=False)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches a weight's path, or its module's, in full. ``.*/x`` also matches a root-level ``x``."""
+    expression = _compile(pattern)
+    module = path.rpartition("/")[0]
+    return any(expression.fullmatch(text) for text in (path, module, "/" + path, "/" + module) if text)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"Pattern {pattern!r} is not a regular expression: {error}.") from None
+
+
+def no_match(what: str, pattern: str, paths: Iterable[str]) -> str:
+    """The message for a pattern that matched nothing: names the nearest paths."""
+    modules = list(dict.fromkeys(p.rpartition("/")[0] or p for p in paths))
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]", "", pattern)
+    near = difflib.get_close_matches(plain, modules, n=3, cutoff=0.0)
+    return (
+        f"{what} matches no weight. Nearest paths: {', '.join(near) or 'none'}. A pattern is a regular expression that must match "
+        "the whole path of a weight or of its module; start it with '.*/' to match at any depth."
+    )
