@@ -15,8 +15,8 @@ import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding
 
-from lowrank_jax.forms import Form, leaf_spec
-from lowrank_jax.methods.base import Leaves, Method
+from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
+from lowrank_jax.methods.base import Leaves, Method, build
 from lowrank_jax.plan import Entry, Plan
 from lowrank_jax.sites import Site, flatten
 
@@ -231,6 +231,36 @@ def spread(entry: Entry, form: Form) -> Form:
         return form
     depth, rows = entry.site.shape[entry.site.batch[0]], jnp.asarray(entry.layers)
     return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape[1:]), x.dtype).at[rows].set(x), form)
+
+
+def add(first: Adapters, second: Adapters) -> Adapters:
+    """Two adapters of one base as one: both act; on a weight that both adapt, the second acts after the first.
+
+    Raises:
+      ValueError: folded adapters or stacks. UnsupportedError: a weight whose methods cannot share it.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.ones((4, 3))}}
+      >>> one = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lora(rank=2)}))
+      >>> lr.count(lr.add(one, one)).trainable
+      28
+    """
+    for x in (first, second):
+        if x.folded or x.stacked is not None:
+            raise ValueError(f"add: an adapter is {'folded; unfold it first' if x.folded else 'a stack; take one of it'}.")
+    entries = {**first.plan.by_path, **second.plan.by_path}
+    sites = {**first.sites, **second.sites}
+    for path in first.plan.by_path.keys() & second.plan.by_path.keys():
+        one, two = first.plan.by_path[path], second.plan.by_path[path]
+        if one.layers != two.layers or one.site != two.site:
+            raise UnsupportedError(f"{path}: the two adapters act on other layers of it; make both plans for the same layers.")
+        both = build("chain", {"parts": tuple((m.name, m.config) for m in (one.method, two.method))})
+        entries[path] = replace(one, method=both)
+        sites[path] = {f"{n}.{k}": v for n, x in enumerate((first, second)) for k, v in x.sites[path].items()}
+    plan = replace(first.plan, entries=tuple(entries.values()))
+    shared = {**first.shared, **second.shared}
+    return Adapters(sites, shared, plan)
 
 
 def stack(adapters: Sequence[Adapters]) -> Adapters:

@@ -135,8 +135,8 @@ def sites(params: Any, declare: Mapping[str, str] | None = None) -> dict[str, Si
     Example:
       >>> import jax.numpy as jnp
       >>> found = sites({"layer": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}})
-      >>> [(s.path, s.kind, s.n_in, s.n_out) for s in found.values()]
-      [('layer/bias', 'param', 0, 0), ('layer/kernel', 'dense', 4, 8)]
+      >>> [(s.path, s.kind, s.inputs, s.outputs) for s in found.values()]
+      [('layer/bias', 'param', (), ()), ('layer/kernel', 'dense', (0,), (1,))]
     """
     flat = flatten(params)
     found = {path: _guess(path, leaf, flat) for path, leaf in flat.items()}

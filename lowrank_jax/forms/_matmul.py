@@ -1,10 +1,11 @@
-"""The product every low-rank form is made of, ``scale * x @ a @ mid @ b``, with a backward pass that keeps pace.
+"""The product every low-rank form is made of, ``scale * x @ a @ mid @ b``, with a fast backward pass.
 
-The gradient of a factor contracts over every token, ``dw = x^T g``, with one operand as wide as the model and the other
-as narrow as the rank. JAX's own rule always puts the incoming gradient on the left, and XLA copies the left operand
-of a contraction over several axes into transposed order: for ``b`` that is the wide one, and the doubly transposed product left
-behind is one that XLA:CPU has no fast kernel for. Here the narrow operand is on the left, so whatever is copied is
-small. The token axes are never merged, so a sharded batch or sequence axis stays where it is.
+The gradient of a factor contracts over every token, ``dw = x^T g``, with one operand as wide as the model and
+the other as narrow as the rank. JAX's own rule always puts the incoming gradient on the left, and XLA copies the
+left operand of a contraction over several axes into transposed order: for ``b`` that is the wide one, and the
+doubly transposed product left behind is one that XLA:CPU has no fast kernel for. Here the narrow operand is on
+the left, so whatever is copied is small. The token axes are never merged, so a sharded batch or sequence axis
+stays where it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class _Static(NamedTuple):
 
     x_dtype: DTypeLike
     w_dtype: DTypeLike
+    out_dtype: DTypeLike
     precision: Any
 
 
@@ -37,10 +39,10 @@ def low_rank_matmul(
 ) -> jax.Array:
     """The update that low-rank factors add to a linear layer's output: ``scale * x @ a @ mid @ b``.
 
-    The products run in the dtype of ``x`` and accumulate in float32, whatever the factors are stored in, so float32 factors on
-    a bfloat16 model never make a float32 copy of the input. Gradients come back in each factor's own dtype. ``x`` is kept for
-    the backward pass only if ``a`` is differentiated: with ``a`` and ``b`` frozen (LaMDA, LoRA-XS) only rank-wide
-    activations are. For the reverse mode only, as everything with a custom VJP.
+    The products multiply in the dtype of ``x`` and accumulate in float32, whatever the factors are stored in, so
+    float32 factors on a bfloat16 model never make a float32 copy of the input. Gradients come back in each
+    factor's own dtype. ``x`` is kept for the backward pass only if ``a`` is differentiated: with ``a`` and ``b``
+    frozen (LaMDA, LoRA-XS) only rank-wide activations are. Reverse mode only, as anything with a custom VJP.
 
     Args:
       x: ``[..., n_in]``, floating point.
@@ -62,40 +64,45 @@ def low_rank_matmul(
       Array([2., 2., 2.], dtype=float32)
     """
     _check_shapes(x, a, mid, b)
-    u = _dot(x, a, precision)
+    # Rank-wide values stay as accumulated; only the wide output is rounded to the model's dtype.
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    u = _dot(x, a, accumulator, precision)
     if mid is not None:
-        u = u * mid.astype(u.dtype) if mid.ndim == 1 else _dot(u.astype(x.dtype), mid, precision)
+        u = u * mid.astype(u.dtype) if mid.ndim == 1 else _dot(u.astype(x.dtype), mid, accumulator, precision)
     # The scale meets the rank-wide activation: on the output it would cost a pass over the widest array.
     u = (u * scale).astype(x.dtype)
-    return _dot(u, b, precision).astype(x.dtype)
+    return _dot(u, b, x.dtype, precision)
 
 
 def _check_shapes(x: jax.Array, a: jax.Array, mid: jax.Array | None, b: jax.Array) -> None:
     chained = a.ndim == b.ndim == 2 and x.ndim >= 1 and x.shape[-1] == a.shape[0] and a.shape[1] == b.shape[0]
     if not chained or (mid is not None and mid.shape not in (b.shape[:1], (a.shape[1], b.shape[0]))):
+        middle = None if mid is None else mid.shape
         raise ValueError(
-            f"x {x.shape}, a {a.shape}, mid {None if mid is None else mid.shape} and b {b.shape} do not chain: expected "
-            "x [..., n_in], a [n_in, r], mid None, [r] or [r, r], and b [r, n_out]; map over batch axes with jax.vmap"
+            f"x {x.shape}, a {a.shape}, mid {middle} and b {b.shape} do not chain: expected x [..., n_in], "
+            "a [n_in, r], mid None, [r] or [r, r], and b [r, n_out]. Map over batch axes with jax.vmap."
         )
 
 
-def _dot(x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    """``x [..., k] @ w [k, n]``: multiplied in the dtype of ``x``, returned as accumulated (float32 or wider)."""
-    return _dot_vjp(_Static(x.dtype, w.dtype, precision), x, w)
+def _dot(x: jax.Array, w: jax.Array, out_dtype: DTypeLike, precision: Any) -> jax.Array:
+    """``x [..., k] @ w [k, n]``, multiplied in the dtype of ``x``."""
+    return _dot_vjp(_Static(x.dtype, w.dtype, out_dtype, precision), x, w)
 
 
-def _contract(static: _Static, lhs: jax.Array, rhs: jax.Array, axes: tuple[Any, Any]) -> jax.Array:
+def _contract(
+    static: _Static, lhs: jax.Array, rhs: jax.Array, axes: tuple[Any, Any], out_dtype: DTypeLike
+) -> jax.Array:
     return lax.dot_general(
         lhs.astype(static.x_dtype),
         rhs.astype(static.x_dtype),
         (axes, ((), ())),
         precision=static.precision,
-        preferred_element_type=jnp.promote_types(static.x_dtype, jnp.float32),
+        preferred_element_type=out_dtype,
     )
 
 
 def _forward(static: _Static, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _contract(static, x, w, ((x.ndim - 1,), (0,)))
+    return _contract(static, x, w, ((x.ndim - 1,), (0,)), static.out_dtype)
 
 
 def _forward_keeping_needed(
@@ -111,18 +118,19 @@ def _backward(
     if isinstance(g, SymbolicZero):
         return None, None
     x, w = kept
-    dx = None if w is None else _contract(static, g, w, ((g.ndim - 1,), (1,))).astype(static.x_dtype)
+    dx = None if w is None else _contract(static, g, w, ((g.ndim - 1,), (1,)), static.x_dtype)
     dw = None if x is None else _weight_gradient(static, x, g).astype(static.w_dtype)
     return dx, dw
 
 
 def _weight_gradient(static: _Static, x: jax.Array, g: jax.Array) -> jax.Array:
     """``x^T g`` over every leading axis, the narrower of the two on the left."""
-    tokens = tuple(range(x.ndim - 1))
+    axes = (tuple(range(x.ndim - 1)),) * 2
+    accumulator = jnp.promote_types(static.x_dtype, jnp.float32)
     if x.shape[-1] <= g.shape[-1]:
-        return _contract(static, x, g, (tokens, tokens))
-    # The barrier keeps XLA from folding the transpose of this small result into a product with the operands swapped back.
-    return lax.optimization_barrier(_contract(static, g, x, (tokens, tokens))).T
+        return _contract(static, x, g, axes, accumulator)
+    # Without the barrier XLA folds the transpose of this small result back into the product with its operands swapped.
+    return lax.optimization_barrier(_contract(static, g, x, axes, accumulator)).T
 
 
 _dot_vjp = jax.custom_vjp(_forward, nondiff_argnums=(0,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import jax
@@ -45,7 +46,10 @@ class LowRank:
             keep = jax.random.bernoulli(call.rng, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         if call.kind == "dense":
-            update = low_rank_matmul(x, self.a, self.mid, self.b, self.scale)
+            product = functools.partial(low_rank_matmul, scale=self.scale)
+            for _ in self.a.shape[:-2]:  # batch axes of the matmul itself, such as experts
+                product = jax.vmap(product)
+            update = product(x, self.a, self.mid, self.b)
         else:
             update = _after(call.linear(x, self.a.astype(call.y.dtype)), self.mid, self.b, self.scale)
         return call.y + update.astype(call.y.dtype)

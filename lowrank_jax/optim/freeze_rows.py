@@ -75,7 +75,7 @@ def freeze_rows(
             frozen = frozen_rows(state.count, used, freeze_steps)[..., None]
             rows = jnp.arange(total)
             keep = rows >= frozen if order == "descending" else rows < used[..., None] - frozen
-            return u * keep[..., None].astype(u.dtype)
+            return jnp.where(keep[..., None], u, jnp.zeros_like(u))
 
         new = {path: {name: masked(name, u) for name, u in leaves.items()} for path, leaves in updates.items()}
         return new, FreezeRowsState(optax.safe_increment(state.count))

@@ -1,0 +1,196 @@
+"""Truncated singular value decompositions and spectra of kernels, batched over leading axes.
+
+The randomised decomposition follows "Finding structure with randomness" (Halko, Martinsson, Tropp, arXiv 0909.4061): sketch
+the range, refine it by subspace iteration with a QR after every product, decompose the small projection.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+SvdMethod = Literal["randomized", "exact"]
+
+OVERSAMPLE = 16
+POWER_ITERATIONS = 3
+
+
+def range_finder(
+    key: jax.Array,
+    w: jax.Array,
+    rank: int,
+    oversample: int = OVERSAMPLE,
+    power_iterations: int = POWER_ITERATIONS,
+) -> jax.Array:
+    """An orthonormal basis that holds nearly all of the leading ``rank`` left singular directions.
+
+    Args:
+      key: PRNG key of the sketch. Every matrix of a batch gets the same sketch, so a batch equals its matrices one by one.
+      w: ``[..., m, n]``, any real dtype.
+      rank: how many directions are wanted, at most ``min(m, n)``.
+      oversample: further columns of the sketch; cut so that the basis has at most ``min(m, n)`` columns.
+      power_iterations: products with ``w^T`` then ``w`` after the first sketch.
+
+    Returns:
+      ``[..., m, min(rank + oversample, m, n)]`` in float32 (float64 for a float64 input).
+
+    Raises:
+      ValueError: if ``rank`` is not between 1 and ``min(m, n)``.
+
+    Example:
+      >>> q = range_finder(jax.random.key(0), jnp.diag(jnp.array([3.0, 2.0, 0.0])), rank=2, oversample=0)
+      >>> q.shape
+      (3, 2)
+    """
+    _check_rank(w, rank)
+    w = _widen(w)
+    m, n = w.shape[-2:]
+    width = min(rank + oversample, m, n)
+    q = _basis(_matmul(w, jax.random.normal(key, (n, width), w.dtype)))
+    for _ in range(power_iterations):
+        q = _basis(_matmul(w, _basis(_matmul(_t(w), q))))
+    return q
+
+
+def svd(
+    w: jax.Array,
+    rank: int,
+    *,
+    key: jax.Array | None = None,
+    method: SvdMethod = "randomized",
+    oversample: int = OVERSAMPLE,
+    power_iterations: int = POWER_ITERATIONS,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The leading ``rank`` singular triplets, ``w ~ u @ diag(s) @ vt``.
+
+    The entry of largest magnitude in each column of ``u`` is positive, so the factors are a function of ``w`` (and, by
+    rounding and truncation error only, of ``key``) and can be made again instead of stored.
+
+    Args:
+      w: ``[..., m, n]``, any real dtype; a bfloat16 kernel is decomposed in float32.
+      rank: between 1 and ``min(m, n)``.
+      key: PRNG key of the sketch, needed by ``"randomized"``.
+      method: ``"randomized"`` (cost ``m n rank`` a product) or ``"exact"`` (a full decomposition, ``m n min(m, n)``).
+      oversample, power_iterations: see `range_finder`.
+
+    Returns:
+      ``u [..., m, rank]``, ``s [..., rank]`` descending, ``vt [..., rank, n]`` in float32 (float64 for a float64 input).
+
+    Raises:
+      ValueError: if ``rank`` is out of range, ``method`` unknown, or the key absent.
+
+    Example:
+      >>> u, s, vt = svd(jnp.array([[0.0, -3.0], [2.0, 0.0]]), 1, key=jax.random.key(0))
+      >>> [round(float(value), 4) for value in (u[0, 0], s[0], vt[0, 1])]
+      [1.0, 3.0, -1.0]
+    """
+    _check_rank(w, rank)
+    if method not in ("randomized", "exact"):
+        raise ValueError(f"Unknown svd method {method!r}: expected 'randomized' or 'exact'.")
+    if method == "randomized" and key is None:
+        raise ValueError("A randomized svd needs a key for its sketch: pass key=, or method='exact'.")
+    w = _widen(w)
+    # A sketch as wide as the matrix saves nothing over the decomposition itself.
+    if method == "exact" or rank + oversample >= min(w.shape[-2:]):
+        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    else:
+        assert key is not None
+        # The basis is sought on the shorter side, so that the tall QR of the projection happens once only.
+        flip = w.shape[-2] > w.shape[-1]
+        u, s, vt = _from_basis(_t(w) if flip else w, key, rank, oversample, power_iterations)
+        if flip:
+            u, vt = _t(vt), _t(u)
+    return _fix_signs(u[..., :rank], s[..., :rank], vt[..., :rank, :])
+
+
+def spectrum(w: jax.Array) -> jax.Array:
+    """All singular values, descending, exactly.
+
+    Args:
+      w: ``[..., m, n]``, any real dtype.
+
+    Returns:
+      ``[..., min(m, n)]`` in float32 (float64 for a float64 input).
+
+    Example:
+      >>> print(spectrum(jnp.diag(jnp.array([1.0, 4.0]))))
+      [4. 1.]
+    """
+    return jnp.linalg.svd(_widen(w), compute_uv=False)
+
+
+def captured_energy(
+    w: jax.Array, rank: int, *, key: jax.Array | None = None, method: SvdMethod = "exact"
+) -> jax.Array:
+    """The share of the squared Frobenius norm that the leading ``rank`` singular directions hold.
+
+    Unchanged when ``w`` is multiplied by a non-zero number. A zero matrix is held wholly by any rank: 1.
+
+    Args:
+      w: ``[..., m, n]``, any real dtype.
+      rank: between 1 and ``min(m, n)``.
+      key, method: see `svd`. The randomised figure is a lower bound, tight to a per cent or so.
+
+    Returns:
+      ``[...]``, between 0 and 1.
+
+    Raises:
+      ValueError: as `svd`.
+
+    Example:
+      >>> print(f"{captured_energy(jnp.diag(jnp.array([3.0, 4.0])), 1):.2f}")
+      0.64
+    """
+    _check_rank(w, rank)
+    w = _widen(w)
+    # Scaled to a largest entry of one first: the squares of a tiny or huge kernel leave float32's range.
+    largest = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
+    w = w / jnp.where(largest > 0, largest, 1)
+    s = spectrum(w)[..., :rank] if method == "exact" else svd(w, rank, key=key, method=method)[1]
+    total = jnp.sum(w**2, axis=(-2, -1))
+    return jnp.where(total > 0, jnp.minimum(jnp.sum(s**2, axis=-1) / jnp.where(total > 0, total, 1), 1), 1)
+
+
+def _from_basis(
+    w: jax.Array, key: jax.Array, rank: int, oversample: int, power_iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q = range_finder(key, w, rank, oversample, power_iterations)
+    # w^T q = v_basis r, so w ~ q r^T v_basis^T and only the small r^T is decomposed.
+    v_basis, r = jnp.linalg.qr(_matmul(_t(w), q))
+    u, s, vt = jnp.linalg.svd(_t(r), full_matrices=False)
+    return _matmul(q, u), s, _matmul(vt, _t(v_basis))
+
+
+def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+    sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1, 1).astype(u.dtype)
+    return u * sign, s, vt * _t(sign)
+
+
+def _check_rank(w: jax.Array, rank: int) -> None:
+    if w.ndim < 2:
+        raise ValueError(f"Expected a matrix or a batch of matrices [..., m, n], got shape {w.shape}.")
+    if not 1 <= rank <= min(w.shape[-2:]):
+        raise ValueError(
+            f"Rank {rank} is out of range for matrices of shape {w.shape[-2:]}: "
+            f"expected 1 to {min(w.shape[-2:])}. Choose a smaller rank for this site."
+        )
+
+
+def _basis(y: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(y)[0]
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    # A TPU multiplies float32 as bfloat16 unless told otherwise; that is too coarse for an orthonormal basis.
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _t(a: jax.Array) -> jax.Array:
+    return jnp.swapaxes(a, -1, -2)
+
+
+def _widen(w: jax.Array) -> jax.Array:
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
