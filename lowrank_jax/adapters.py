@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
 from lowrank_jax.methods.base import Leaves, Method, build
 from lowrank_jax.plan import Entry, Plan
-from lowrank_jax.sites import Site, flatten
+from lowrank_jax.sites import Site, flatten, named_sharding
 
 _SHARED = "shared:"  # prefix of shared leaves among the sites of a train tree
 
@@ -77,7 +77,8 @@ def init(key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32) -> A
     for entry in plan.entries:
         weight = flat[entry.site.path]
         kernel = weight if entry.method.needs_kernel else None
-        mesh = weight.sharding.mesh if isinstance(getattr(weight, "sharding", None), NamedSharding) else None
+        sharding = named_sharding(weight)
+        mesh = None if sharding is None else sharding.mesh
         make = _maker(entry.method, _anonymous(entry.site), entry.layers, jnp.dtype(dtype), mesh)
         made[entry.site.path] = make(key, _path_hash(entry.site.path), kernel)
     shared = {}

@@ -1,7 +1,8 @@
 """Truncated singular value decompositions and spectra of kernels, batched over leading axes.
 
-The randomised decomposition follows "Finding structure with randomness" (Halko, Martinsson, Tropp, arXiv 0909.4061): sketch
-the range, refine it by subspace iteration with a QR after every product, decompose the small projection.
+The randomised decomposition follows "Finding structure with randomness" (Halko, Martinsson, Tropp,
+arXiv 0909.4061): sketch the range, refine it by subspace iteration with a QR after every product, decompose
+the small projection.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 SvdMethod = Literal["randomized", "exact"]
 
 OVERSAMPLE = 16
-POWER_ITERATIONS = 3
+POWER_ITERATIONS = 4
 
 
 def range_finder(
@@ -27,7 +28,8 @@ def range_finder(
     """An orthonormal basis that holds nearly all of the leading ``rank`` left singular directions.
 
     Args:
-      key: PRNG key of the sketch. Every matrix of a batch gets the same sketch, so a batch equals its matrices one by one.
+      key: PRNG key of the sketch. Every matrix of a batch gets the same sketch, so a batch equals its matrices
+        one by one.
       w: ``[..., m, n]``, any real dtype.
       rank: how many directions are wanted, at most ``min(m, n)``.
       oversample: further columns of the sketch; cut so that the basis has at most ``min(m, n)`` columns.
@@ -65,18 +67,20 @@ def svd(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The leading ``rank`` singular triplets, ``w ~ u @ diag(s) @ vt``.
 
-    The entry of largest magnitude in each column of ``u`` is positive, so the factors are a function of ``w`` (and, by
-    rounding and truncation error only, of ``key``) and can be made again instead of stored.
+    The entry of largest magnitude in each column of ``u`` is positive, so the factors are a function of ``w``
+    and ``key`` alone and can be made again instead of stored.
 
     Args:
       w: ``[..., m, n]``, any real dtype; a bfloat16 kernel is decomposed in float32.
       rank: between 1 and ``min(m, n)``.
       key: PRNG key of the sketch, needed by ``"randomized"``.
-      method: ``"randomized"`` (cost ``m n rank`` a product) or ``"exact"`` (a full decomposition, ``m n min(m, n)``).
+      method: ``"randomized"`` (cost ``m n rank`` a product) or ``"exact"`` (a full decomposition, cost
+        ``m n min(m, n)``).
       oversample, power_iterations: see `range_finder`.
 
     Returns:
-      ``u [..., m, rank]``, ``s [..., rank]`` descending, ``vt [..., rank, n]`` in float32 (float64 for a float64 input).
+      ``u [..., m, rank]``, ``s [..., rank]`` descending, ``vt [..., rank, n]``, in float32 (float64 for a float64
+      input).
 
     Raises:
       ValueError: if ``rank`` is out of range, ``method`` unknown, or the key absent.
@@ -121,9 +125,7 @@ def spectrum(w: jax.Array) -> jax.Array:
     return jnp.linalg.svd(_widen(w), compute_uv=False)
 
 
-def captured_energy(
-    w: jax.Array, rank: int, *, key: jax.Array | None = None, method: SvdMethod = "exact"
-) -> jax.Array:
+def captured_energy(w: jax.Array, rank: int, *, key: jax.Array | None = None, method: SvdMethod = "exact") -> jax.Array:
     """The share of the squared Frobenius norm that the leading ``rank`` singular directions hold.
 
     Unchanged when ``w`` is multiplied by a non-zero number. A zero matrix is held wholly by any rank: 1.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lowrank_jax.forms import Leaf
 from lowrank_jax.methods.base import Method, build
 from lowrank_jax.plan_table import render
-from lowrank_jax.sites import Site, flatten, matches, no_match
+from lowrank_jax.sites import Site, describe, flatten, matches, no_match
 from lowrank_jax.sites import sites as find_sites
 
 
@@ -223,12 +223,7 @@ def plan(
         _ = entry.leaves  # raises here, naming the site, if the method does not fit
     if not entries:
         raise ValueError("The plan is empty: every weight the rules match is excluded.")
-    flat = flatten(params)
-    return Plan(
-        tuple(entries),
-        sum(math.prod(leaf.shape) for leaf in flat.values()),
-        sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in flat.values()),
-    )
+    return _of(entries, flatten(params))
 
 
 def from_config(params: Any, config: Sequence[Mapping[str, Any]]) -> Plan:
@@ -248,17 +243,16 @@ def from_config(params: Any, config: Sequence[Mapping[str, Any]]) -> Plan:
                 f"{path}: the adapter was made for a weight of shape {tuple(saved['shape'])}, this model's has {tuple(flat[path].shape)}. "
                 "Load it on the model it was trained on."
             )
-        leaf = flat[path]
-        sharding = getattr(leaf, "sharding", None)
-        site = Site(path, saved["kind"], tuple(leaf.shape), jnp.dtype(leaf.dtype).name, *(tuple(saved[k]) for k in
-                    ("batch", "inputs", "outputs", "scanned")), saved["factored"], getattr(sharding, "spec", None))  # fmt: skip
+        axes = {role: tuple(saved[role]) for role in ("batch", "inputs", "outputs", "scanned")}
+        site = describe(path, flat[path], saved["kind"], factored=saved["factored"], **axes)
         layers = item["layers"]
         entries.append(Entry(site, build(item["method"], item["config"]), None if layers is None else tuple(layers)))
-    return Plan(
-        tuple(entries),
-        sum(math.prod(leaf.shape) for leaf in flat.values()),
-        sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in flat.values()),
-    )
+    return _of(entries, flat)
+
+
+def _of(entries: Sequence[Entry], flat: Mapping[str, Any]) -> Plan:
+    sizes = [(math.prod(leaf.shape), jnp.dtype(leaf.dtype).itemsize) for leaf in flat.values()]
+    return Plan(tuple(entries), sum(n for n, _ in sizes), sum(n * item for n, item in sizes))
 
 
 def _site_config(site: Site) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def _key(entry: Any) -> str:
 def describe(path: str, leaf: Any, kind: Kind, *, batch: Iterable[int] = (), inputs: Iterable[int] = (),
              outputs: Iterable[int] = (), scanned: Iterable[int] = (), factored: bool = True) -> Site:  # fmt: skip
     """A `Site` for one leaf (an array or anything with ``shape`` and ``dtype``)."""
-    sharding = getattr(leaf, "sharding", None)
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    sharding = named_sharding(leaf)
+    spec = None if sharding is None else sharding.spec
     return Site(path, kind, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, tuple(batch), tuple(inputs), tuple(outputs),
                 tuple(scanned), factored, spec)  # fmt: skip
 
@@ -155,6 +155,14 @@ def sites(params: Any, declare: Mapping[str, str] | None = None) -> dict[str, Si
             found[path] = replace(found[path], kind="dense", batch=axes["b"], inputs=axes["i"], outputs=axes["o"],
                                   scanned=axes["b"], factored=known)  # fmt: skip
     return found
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array (or ShapeDtypeStruct) that lies on a mesh; None for tracers and single devices."""
+    if isinstance(leaf, jax.core.Tracer):
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _guess(path: str, leaf: Any, flat: Mapping[str, Any]) -> Site:

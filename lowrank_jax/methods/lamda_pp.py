@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from lowrank_jax import linalg
 from lowrank_jax.allocate import Item, allocate
@@ -45,7 +44,7 @@ def lamda_pp(
       alpha, dropout, freeze, core, svd: as in `lamda`; alpha None keeps s = 1 whatever the rank.
 
     Example:
-      >>> import lowrank_jax as lr
+      >>> import jax.numpy as jnp, lowrank_jax as lr
       >>> steep, flat = jnp.diag(0.5 ** jnp.arange(16.0)), jnp.eye(16)
       >>> plan = lr.plan({"s": {"kernel": steep}, "f": {"kernel": flat}}, {".*": lr.lamda_pp(rank=4)})
       >>> {entry.site.path: dict(entry.method.config)["rank"] for entry in plan.entries}
@@ -62,7 +61,8 @@ def lamda_pp(
     def choose(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, Method]:
         groups: dict[tuple[int, int] | None, list[Item]] = {}
         for path, site in sites.items():
-            for layer, share in enumerate(energy_share(kernels[path], min(rank, site.max_rank)).reshape(-1).tolist()):
+            shares = linalg.captured_energy(kernels[path], min(rank, site.max_rank), key=jax.random.key(0), method="randomized")
+            for layer, share in enumerate(shares.reshape(-1).tolist()):
                 item = Item(f"{path}\0{layer:06d}", 1 - share, site.max_rank, _cost(budget, site))
                 groups.setdefault((site.n_in, site.n_out) if compare == "shape" else None, []).append(item)
         ranks: dict[str, int] = {}
@@ -77,13 +77,6 @@ def lamda_pp(
 
     return Method(uniform.form, uniform.leaves, uniform.init, uniform.expand, anchor=uniform.anchor,
                   transform=uniform.transform, allocate=choose, needs_kernel=True)  # fmt: skip
-
-
-def energy_share(kernel: jax.Array, rank: int) -> jax.Array:
-    """The share of the squared Frobenius norm in the ``rank`` largest singular values: ``[*batch, m, n] -> [*batch]`` float32."""
-    matrix = kernel.astype(jnp.float32)
-    _, sigma, _ = linalg.svd(matrix, rank, key=jax.random.key(0))
-    return jnp.sum(sigma**2, axis=-1) / jnp.sum(matrix**2, axis=(-2, -1))
 
 
 def _cost(budget: str, site: Site) -> Any:
