@@ -1,0 +1,113 @@
+"""Every model configuration in one place: the classes, the choice by config.json, and published shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_jax.models.bert_config import BertConfig
+from lowrank_jax.models.config_base import ModelConfig, ModelConfigError
+from lowrank_jax.models.llama_config import LlamaConfig, RopeScaling
+
+__all__ = [
+    "BertConfig",
+    "LlamaConfig",
+    "ModelConfig",
+    "ModelConfigError",
+    "RopeScaling",
+    "from_hf",
+    "llama2_7b",
+    "minilm_l6",
+    "roberta_base",
+    "smollm2_135m",
+]
+
+_FAMILIES: Mapping[str, type[BertConfig] | type[LlamaConfig]] = {
+    "bert": BertConfig,
+    "roberta": BertConfig,
+    "llama": LlamaConfig,
+    "mistral": LlamaConfig,
+    "qwen2": LlamaConfig,
+    "qwen3": LlamaConfig,
+}
+
+
+def from_hf(hf: Mapping[str, Any], **overrides: Any) -> BertConfig | LlamaConfig:
+    """Reads a parsed config.json of any supported architecture.
+
+    Args:
+      hf: the parsed file.
+      **overrides: fields of the configuration that win over the file, such as scan_layers.
+
+    Raises:
+      ModelConfigError: the architecture is unknown, or the file asks for something it does not compute here.
+
+    Example:
+      >>> type(from_hf(LlamaConfig.tiny().to_hf(), scan_layers=True)).__name__
+      'LlamaConfig'
+    """
+    kind = hf.get("model_type", "")
+    if kind not in _FAMILIES:
+        raise ModelConfigError(f"model_type={kind!r} is not supported; expected one of {sorted(_FAMILIES)}")
+    return _FAMILIES[kind].from_hf(hf, **overrides)
+
+
+def llama2_7b(**overrides: Any) -> LlamaConfig:
+    """The shapes of Llama 2 7B (arXiv 2307.09288): 6.74 billion parameters.
+
+    Example:
+      >>> llama2_7b().num_hidden_layers
+      32
+    """
+    return LlamaConfig(**overrides)
+
+
+def smollm2_135m(**overrides: Any) -> LlamaConfig:
+    """The shapes of SmolLM2 135M (arXiv 2502.02737): 30 layers, grouped queries, tied embeddings.
+
+    Example:
+      >>> smollm2_135m().width
+      64
+    """
+    shape: dict[str, Any] = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "initializer_range": 0.041666666666666664,
+        "tie_word_embeddings": True,
+    }
+    return LlamaConfig(**(shape | overrides))
+
+
+def minilm_l6(**overrides: Any) -> BertConfig:
+    """The shapes of all-MiniLM-L6-v2 (MiniLM, arXiv 2002.10957): 22.7 million parameters.
+
+    Example:
+      >>> minilm_l6().head_dim
+      32
+    """
+    shape: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    return BertConfig(**(shape | overrides))
+
+
+def roberta_base(**overrides: Any) -> BertConfig:
+    """The shapes of RoBERTa base (arXiv 1907.11692): 125 million parameters.
+
+    Example:
+      >>> roberta_base().pad_token_id
+      1
+    """
+    shape: dict[str, Any] = {
+        "architecture": "roberta",
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+    }
+    return BertConfig(**(shape | overrides))

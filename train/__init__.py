@@ -1,0 +1,1 @@
+"""Training and evaluation programs: data, loops and their command lines."""

@@ -1,0 +1,1 @@
+"""Sources of data, prepared by tensorflow-datasets."""
