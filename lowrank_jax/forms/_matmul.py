@@ -1,11 +1,11 @@
 """The product every low-rank form is made of, ``scale * x @ a @ mid @ b``, with a fast backward pass.
 
-The gradient of a factor contracts over every token, ``dw = x^T g``, with one operand as wide as the model and
-the other as narrow as the rank. JAX's own rule always puts the incoming gradient on the left, and XLA copies the
-left operand of a contraction over several axes into transposed order: for ``b`` that is the wide one, and the
-doubly transposed product left behind is one that XLA:CPU has no fast kernel for. Here the narrow operand is on
-the left, so whatever is copied is small. The token axes are never merged, so a sharded batch or sequence axis
-stays where it is.
+The gradient of a factor contracts over every token, ``dw = x^T g``, with one operand as wide as the model
+and the other as narrow as the rank. JAX's own rule always puts the incoming gradient on the left, and XLA
+copies the left operand of a contraction over several axes into transposed order: for ``b`` that is the wide
+one, and the doubly transposed product left behind is one that XLA:CPU has no fast kernel for. Here the narrow
+operand is on the left, so whatever is copied is small. The token axes are never merged, so a sharded batch or
+sequence axis stays where it is.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def low_rank_matmul(
 ) -> jax.Array:
     """The update that low-rank factors add to a linear layer's output: ``scale * x @ a @ mid @ b``.
 
-    The products multiply in the dtype of ``x`` and accumulate in float32, whatever the factors are stored in, so
-    float32 factors on a bfloat16 model never make a float32 copy of the input. Gradients come back in each
-    factor's own dtype. ``x`` is kept for the backward pass only if ``a`` is differentiated: with ``a`` and ``b``
-    frozen (LaMDA, LoRA-XS) only rank-wide activations are. Reverse mode only, as anything with a custom VJP.
+    The products multiply in the dtype of ``x`` and accumulate in float32, whatever the factors are stored in,
+    so float32 factors on a bfloat16 model never make a float32 copy of the input. Gradients come back in each
+    factor's own dtype. ``x`` is kept for the backward pass only if ``a`` is differentiated: with ``a`` and
+    ``b`` frozen (LaMDA, LoRA-XS) only rank-wide activations are. Reverse mode only, as anything with a custom
+    VJP.
 
     Args:
       x: ``[..., n_in]``, floating point.
@@ -129,7 +130,7 @@ def _weight_gradient(static: _Static, x: jax.Array, g: jax.Array) -> jax.Array:
     accumulator = jnp.promote_types(static.x_dtype, jnp.float32)
     if x.shape[-1] <= g.shape[-1]:
         return _contract(static, x, g, axes, accumulator)
-    # Without the barrier XLA folds the transpose of this small result back into the product with its operands swapped.
+    # Without the barrier XLA folds the transpose of this small result back into the product, operands swapped.
     return lax.optimization_barrier(_contract(static, g, x, axes, accumulator)).T
 
 

@@ -1,0 +1,129 @@
+"""What a step would need on real hardware, from its compiler and without the hardware: bytes and FLOPs a device."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank_jax.adapters import Adapters
+from lowrank_jax.forms import leaf_spec
+from lowrank_jax.plan import Plan
+
+# What libtpu asks of a machine that has no TPU; the accelerator type only has to be a valid one.
+_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
+
+
+class TopologyError(ValueError):
+    """A TPU topology that does not exist, or no TPU compiler to ask."""
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What the compiler says of one program, for one device.
+
+    Attributes:
+      peak: bytes at the worst moment, arguments included. temp: bytes of temporaries. argument: bytes of the arguments.
+      flops: floating-point operations of one call; the body of a loop (scan over layers) is counted once.
+    """
+
+    peak: int
+    temp: int
+    argument: int
+    flops: float
+
+
+def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
+    """A mesh over the chips of a TPU topology, to compile for; no TPU is needed, but the libtpu package is.
+
+    Args:
+      topology: such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4'. axes: names and sizes; their product is at most the number of chips.
+
+    Raises:
+      TopologyError: libtpu is missing, no such topology, or too few chips.
+
+    Example:
+      >>> topology_mesh("v5e:2x2", {"data": 8})  # doctest: +IGNORE_EXCEPTION_DETAIL
+      Traceback (most recent call last):
+      lowrank_jax.memory.TopologyError: ...
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise TopologyError("The TPU compiler is missing: pip install 'lowrank_jax[topology]' (the libtpu package), and set JAX_PLATFORMS=cpu.")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise TopologyError(
+            f"The TPU compiler knows no topology {topology!r} ({str(error).splitlines()[0][:120]}). Examples: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:4x4."
+        ) from error
+    needed = math.prod(axes.values())
+    if needed > len(devices):
+        raise TopologyError(f"{topology} has {len(devices)} chips; a mesh of {dict(axes)} needs {needed}.")
+    import numpy as np
+
+    grid = np.array(devices[:needed], dtype=object).reshape(tuple(axes.values()))
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def compile_report(step: Callable[..., Any], args: Sequence[Any], donate: Sequence[int] = (), out_shardings: Any = None) -> CompileReport:
+    """Compiles a function for the devices its arguments are laid on and asks what it needs.
+
+    Args:
+      step: the function. args: trees of arrays or ShapeDtypeStructs; with shardings on a mesh of `topology_mesh` the TPU compiler
+        answers, without any the one of this machine. donate: arguments whose buffers the results may take.
+      out_shardings: as for `jax.jit`.
+
+    Example:
+      >>> x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+      >>> report = compile_report(lambda x: x @ x, [x])
+      >>> report.argument, report.flops
+      (16384, 524288.0)
+    """
+    jitted = jax.jit(step, donate_argnums=tuple(donate), **({} if out_shardings is None else {"out_shardings": out_shardings}))
+    compiled = jitted.lower(*args).compile()
+    m, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    # The CPU compiler leaves the peak at the temporaries'; the sum of all parts is what it holds at once.
+    peak = max(getattr(m, "peak_memory_in_bytes", 0), 0)
+    on_cpu = all(device.platform == "cpu" for device in _devices(args))
+    return CompileReport(total if on_cpu or not peak else peak, m.temp_size_in_bytes, m.argument_size_in_bytes, float(cost.get("flops", 0.0)))
+
+
+def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Adapters:
+    """The adapter of a plan as ShapeDtypeStructs, laid out over ``mesh`` beside its kernels: nothing is computed.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> plan = lr.plan({"x": {"kernel": jnp.zeros((8, 4))}}, {"x": lr.lora(rank=2)})
+      >>> abstract_adapters(plan).sites["x/kernel"]["a"].shape
+      (8, 2)
+    """
+
+    def make(shape: tuple[int, ...], spec: PartitionSpec | None, kind: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, kind or dtype, sharding=sharding)
+
+    sites = {}
+    for entry in plan.entries:
+        batch = () if entry.site.kind == "param" else entry.local.batch_shape
+        sites[entry.site.path] = {
+            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local), leaf.dtype) for name, leaf in entry.leaves.items()
+        }
+    shared = {group: {name: make(leaf.shape, None, leaf.dtype) for name, leaf in leaves.items()} for group, leaves in plan.shared_leaves.items()}
+    return Adapters(sites, shared, plan)
+
+
+def _devices(args: Any) -> set[Any]:
+    found = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    return {device for sharding in found if sharding is not None for device in sharding.device_set} or set(jax.devices()[:1])
