@@ -1,7 +1,7 @@
 """PEFT's LoRA step on torch, as a ratio to its own forward, on the shapes of bench/step_time.
 
-    pip install -e '.[parity]'
-    python -m bench.peft_step
+pip install -e '.[parity]'
+python -m bench.peft_step
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     ratio = statistics.median(s / f for s, f in zip(seconds["step"], seconds["forward"], strict=True))
     rows = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
-    table(("", "ms"), [(n, f"{ms:.0f}") for n, ms in rows.items()] + [("step / forward", f"{ratio:.2f}")], "PEFT LoRA r=16")
+    table(
+        ("", "ms"),
+        [(n, f"{ms:.0f}") for n, ms in rows.items()] + [("step / forward", f"{ratio:.2f}")],
+        "PEFT LoRA r=16",
+    )
     write_json("peft_step", {"torch": torch.__version__, "ms": rows, "over_forward": ratio})
 
 

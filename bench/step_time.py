@@ -3,11 +3,11 @@
     python -m bench.step_time                       # SmolLM2-135M shapes, batch 4 x 128, float32; a quarter of an hour on two cores
     python -m bench.step_time --wide                # one layer as wide as Llama-2-7B's
 
-A step is value_and_grad for the trained leaves plus AdamW. The floor is what any adapter must pay: the base's forward and the backward of its
-activations. Runs take turns in one process, and a ratio is the median over rounds of the step's time over the floor's in the same
-round. `expected` counts the multiplications of the linear layers: an adapter of rank r adds to a d_in x d_out weight r (d_in + d_out) [+ r^2] per
-token in the forward and the same in the backward of activations, and what its own gradients take. qwix's LoRA runs on the same model
-where qwix is installed.
+A step is value_and_grad for the trained leaves plus AdamW. The floor is what any adapter must pay: the base's forward and the
+backward of its activations. Runs take turns in one process, and a ratio is the median over rounds of the step's time over the
+floor's in the same round. `expected` counts the multiplications of the linear layers: an adapter of rank r adds to a d_in x d_out
+weight r (d_in + d_out) [+ r^2] per token in the forward and the same in the backward of activations, and what its own gradients
+take. qwix's LoRA runs on the same model where qwix is installed.
 """
 
 from __future__ import annotations
@@ -162,11 +162,19 @@ def main() -> None:
             "expected": predicted.get(name),
             "over_forward": statistics.median(forwards),
         }
-    title = f"{config.num_hidden_layers} layers, width {config.hidden_size}, batch 4 x 128, float32, {options.runs} rounds"
+    title = (
+        f"{config.num_hidden_layers} layers, width {config.hidden_size}, batch 4 x 128, float32, {options.runs} rounds"
+    )
     table(
         ("step", "ms", "over the floor", "expected", "over its own forward"),
         [
-            (n, f"{r['ms']:.0f}", f"{r['over_floor']:.3f}", f"{r['expected']:.3f}" if r["expected"] else "", f"{r['over_forward']:.2f}")
+            (
+                n,
+                f"{r['ms']:.0f}",
+                f"{r['over_floor']:.3f}",
+                f"{r['expected']:.3f}" if r["expected"] else "",
+                f"{r['over_forward']:.2f}",
+            )
             for n, r in rows.items()
         ],
         title,

@@ -12,7 +12,6 @@ projection, `end` the core alone.
 from __future__ import annotations
 
 import argparse
-import functools
 from typing import Any
 
 import jax
@@ -114,7 +113,11 @@ def main() -> None:
         (r["model"], r["remat"], r["method"], f"{r['trainable']:,}", f"{r['peak_gib']:.2f}", f"{r['rest_gib']:.2f}")
         for r in rows
     ]
-    table(("model", "remat", "method", "trainable", "peak GiB", "beyond base weights GiB"), shown, f"One chip of {options.topology}")
+    table(
+        ("model", "remat", "method", "trainable", "peak GiB", "beyond base weights GiB"),
+        shown,
+        f"One chip of {options.topology}",
+    )
     write_json("tpu_memory", {"topology": options.topology, "batch": [4, 512], "rows": rows})
 
 

@@ -8,7 +8,7 @@ from lowrank_jax.plan import Plan, on_layers, plan
 from lowrank_jax.sites import Site, sites
 
 __all__ = [
-    "Adapters", "Method", "Plan", "Site", "add", "build", "count", "expand", "fold", "full", "init", "join", "lamda", "lamda_pp", "linen", "lora",
-    "lora_xs", "mask", "merge", "method", "methods", "on_layers", "optim", "partition", "pissa", "plan", "sites", "stack", "take",
+    "Adapters", "Method", "Plan", "Site", "add", "build", "count", "expand", "fold", "full", "init", "join", "lamda", "lamda_pp", "linen",
+    "lora", "lora_xs", "mask", "merge", "method", "methods", "on_layers", "optim", "partition", "pissa", "plan", "sites", "stack", "take",
     "unfold",
 ]  # fmt: skip

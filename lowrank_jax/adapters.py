@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,10 @@ class Adapters:
     plan: Plan = struct.field(pytree_node=False)
     folded: bool = struct.field(pytree_node=False, default=False)
     stacked: int | None = struct.field(pytree_node=False, default=None)
+
+    if TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> Adapters: ...
 
 
 class Count(NamedTuple):
@@ -167,7 +171,7 @@ def partition(adapters: Adapters, step: int = 0, total_steps: int = 1) -> tuple[
         rest_shared[name] = others
         if ours:
             train[_SHARED + name] = ours
-    return train, adapters.replace(sites=rest, shared=rest_shared)  # type: ignore[attr-defined]
+    return train, adapters.replace(sites=rest, shared=rest_shared)
 
 
 def _divide(leaves: Leaves, trained: Any) -> tuple[Leaves, Leaves]:
@@ -178,7 +182,7 @@ def join(train: Train, frozen: Adapters) -> Adapters:
     """Inverse of `partition`. Safe inside jit and grad."""
     sites = {path: {**leaves, **train.get(path, {})} for path, leaves in frozen.sites.items()}
     shared = {name: {**leaves, **train.get(_SHARED + name, {})} for name, leaves in frozen.shared.items()}
-    return frozen.replace(sites=sites, shared=shared)  # type: ignore[attr-defined]
+    return frozen.replace(sites=sites, shared=shared)
 
 
 def mask(adapters: Adapters, step: int = 0, total_steps: int = 1) -> Adapters:
@@ -195,7 +199,7 @@ def mask(adapters: Adapters, step: int = 0, total_steps: int = 1) -> Adapters:
         group: {name: plan.is_trained(plan.shared_leaves[group][name], step, total_steps) for name in leaves}
         for group, leaves in adapters.shared.items()
     }
-    return adapters.replace(sites=sites, shared=shared)  # type: ignore[attr-defined]
+    return adapters.replace(sites=sites, shared=shared)
 
 
 def count(adapters: Adapters) -> Count:
@@ -213,7 +217,9 @@ def expand(adapters: Adapters) -> dict[str, Form]:
     """
 
     def one(sites: dict[str, Leaves], shared: dict[str, Leaves]) -> dict[str, Form]:
-        return {e.site.path: _expand_site(e, sites[e.site.path], shared, adapters.folded) for e in adapters.plan.entries}
+        return {
+            e.site.path: _expand_site(e, sites[e.site.path], shared, adapters.folded) for e in adapters.plan.entries
+        }
 
     if adapters.stacked is None:
         return one(adapters.sites, adapters.shared)
@@ -249,13 +255,17 @@ def add(first: Adapters, second: Adapters) -> Adapters:
     """
     for x in (first, second):
         if x.folded or x.stacked is not None:
-            raise ValueError(f"add: an adapter is {'folded; unfold it first' if x.folded else 'a stack; take one of it'}.")
+            raise ValueError(
+                f"add: an adapter is {'folded; unfold it first' if x.folded else 'a stack; take one of it'}."
+            )
     entries = {**first.plan.by_path, **second.plan.by_path}
     sites = {**first.sites, **second.sites}
     for path in first.plan.by_path.keys() & second.plan.by_path.keys():
         one, two = first.plan.by_path[path], second.plan.by_path[path]
         if one.layers != two.layers or one.site != two.site:
-            raise UnsupportedError(f"{path}: the two adapters act on other layers of it; make both plans for the same layers.")
+            raise UnsupportedError(
+                f"{path}: the two adapters act on other layers of it; make both plans for the same layers."
+            )
         both = build("chain", {"parts": tuple((m.name, m.config) for m in (one.method, two.method))})
         entries[path] = replace(one, method=both)
         sites[path] = {f"{n}.{k}": v for n, x in enumerate((first, second)) for k, v in x.sites[path].items()}
@@ -275,9 +285,13 @@ def stack(adapters: Sequence[Adapters]) -> Adapters:
     first = adapters[0]
     for n, other in enumerate(adapters):
         if other.plan != first.plan:
-            raise ValueError(f"stack: adapter {n} has another plan than adapter 0; convert them to the same methods and ranks.")
+            raise ValueError(
+                f"stack: adapter {n} has another plan than adapter 0; convert them to the same methods and ranks."
+            )
         if other.folded or other.stacked is not None:
-            raise ValueError(f"stack: adapter {n} is {'folded: unfold it' if other.folded else 'already a stack'}; rows share one base.")
+            raise ValueError(
+                f"stack: adapter {n} is {'folded: unfold it' if other.folded else 'already a stack'}; rows share one base."
+            )
     trees = [(a.sites, a.shared) for a in adapters]
     sites, shared = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
     return Adapters(sites, shared, first.plan, False, len(adapters))

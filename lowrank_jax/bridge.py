@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from lowrank_jax.adapters import Adapters, check_params, expand
 from lowrank_jax.folding import merged_weight
 from lowrank_jax.forms import Call, Form, UnsupportedError, apply_rows
 from lowrank_jax.layout import Labels
+from lowrank_jax.sites import Site
 
 
 class Routes(NamedTuple):
@@ -39,6 +40,42 @@ def routes(flat: Mapping[str, Any], adapters: Adapters) -> Routes:
     return Routes(forms, weights)
 
 
+def laid_leaves(form: Form, site: Site, stacked: bool) -> tuple[list[jax.Array], Any]:
+    """A form's leaves with their axes where a transform slices the weight's, and the treedef that puts a slice together again.
+
+    ``stacked``: the leaves have a leading axis of adapters, which goes behind the site's batch axes.
+    """
+    leaves, treedef = jax.tree.flatten(form)
+    laid = []
+    for leaf in leaves:
+        if stacked:
+            leaf = jnp.moveaxis(leaf, 0, len(site.batch))
+        for position, axis in enumerate(site.scanned):
+            leaf = jnp.moveaxis(leaf, position, axis)
+        laid.append(leaf)
+    return laid, treedef
+
+
+def check_rows(rows: Any, adapters: Adapters) -> None:
+    """Raises a ValueError unless rows come with a stack of adapters."""
+    if (rows is None) != (adapters.stacked is None):
+        raise ValueError(
+            "rows and a stack of adapters go together: pass rows=[...] with lowrank_jax.stack([...]), or neither of them."
+        )
+
+
+def check_used(laid: Collection[str], used: Collection[str], unused: str) -> None:
+    """Raises a ValueError that names an adapter the call did not apply, unless ``unused='ignore'``."""
+    if unused not in ("error", "ignore"):
+        raise ValueError(f"unused={unused!r}: expected 'error' or 'ignore'.")
+    missed = [path for path in laid if path not in used]
+    if missed and unused == "error":
+        raise ValueError(
+            f"The adapter of {missed[0]} was not applied: this call does not use the weight, or not through a registered module "
+            f"({len(missed)} of {len(laid)} sites). Exclude it from the plan, register its module, or pass unused='ignore'."
+        )
+
+
 def adapt_matmul(
     form: Form, labels: Labels, x: jax.Array, y: jax.Array, weight: jax.Array, rng: Any, rows: jax.Array | None
 ) -> jax.Array:
@@ -50,8 +87,12 @@ def adapt_matmul(
     flat_in = _product(shape[n_batch : n_batch + n_in])
     kernel = kernel.reshape(*shape[:n_batch], flat_in, -1)
     if rows is not None and labels.batch:
-        raise UnsupportedError("A different adapter on each row is not available for a matmul with batch axes of its own (experts).")
-    call = Call("dense", labels.canonical_input(x).astype(y.dtype), labels.canonical_output(y), kernel, _batched_matmul, rng)
+        raise UnsupportedError(
+            "A different adapter on each row is not available for a matmul with batch axes of its own (experts)."
+        )
+    call = Call(
+        "dense", labels.canonical_input(x).astype(y.dtype), labels.canonical_output(y), kernel, _batched_matmul, rng
+    )
     return labels.output(run(form, call, rows), weight.shape)
 
 
@@ -65,7 +106,9 @@ def embed_call(ids: jax.Array, y: jax.Array, table: jax.Array) -> Call:
     return Call("embed", ids, y, table, lambda ids, w: jnp.take(w, ids, axis=0))
 
 
-def conv_call(x: jax.Array, y: jax.Array, kernel: jax.Array, convolve: Callable[[jax.Array, jax.Array], jax.Array], rng: Any) -> Call:  # fmt: skip
+def conv_call(
+    x: jax.Array, y: jax.Array, kernel: jax.Array, convolve: Callable[[jax.Array, jax.Array], jax.Array], rng: Any
+) -> Call:
     """The call of a convolution; ``convolve(x, kernel)`` runs the module with another kernel and no bias."""
     window = kernel.shape[:-1]
 

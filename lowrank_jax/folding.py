@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.adapters import Adapters, check_params, expand, local_kernel, spread
-from lowrank_jax.forms import Form, UnsupportedError
+from lowrank_jax.adapters import Adapters, check_params, expand, spread
+from lowrank_jax.forms import Dense, Form, UnsupportedError
 from lowrank_jax.plan import Entry
 from lowrank_jax.sites import flatten, with_leaves
 
@@ -57,8 +57,8 @@ def merged_weight(entry: Entry, weight: jax.Array, form: Form) -> jax.Array:
     if entry.site.kind == "param":
         return form.weight.astype(weight.dtype)  # type: ignore[attr-defined]
     matrix = entry.site.canonical(weight)
-    if type(form).__name__ == "Dense":
-        return entry.site.original(form.weight).astype(weight.dtype)  # type: ignore[attr-defined]
+    if isinstance(form, Dense):
+        return entry.site.original(form.weight).astype(weight.dtype)
     return entry.site.original(matrix.astype(jnp.float32) + form.delta(matrix)).astype(weight.dtype)
 
 
@@ -77,7 +77,7 @@ def fold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
     """
     if adapters.folded:
         raise ValueError("fold: these adapters are folded already.")
-    return _shift(params, adapters, lambda w, d: w - d), adapters.replace(folded=True)  # type: ignore[attr-defined]
+    return _shift(params, adapters, lambda w, d: w - d), adapters.replace(folded=True)
 
 
 def unfold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
@@ -88,7 +88,7 @@ def unfold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
     """
     if not adapters.folded:
         raise ValueError("unfold: these adapters are not folded.")
-    return _shift(params, adapters, lambda w, d: w + d), adapters.replace(folded=False)  # type: ignore[attr-defined]
+    return _shift(params, adapters, lambda w, d: w + d), adapters.replace(folded=False)
 
 
 def _shift(params: Any, adapters: Adapters, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
@@ -116,6 +116,3 @@ def _refuse_nonfinite(new: dict[str, Any]) -> None:
             raise ValueError(
                 f"{path}: the merged weight is not finite. The adapter or the base holds NaN or inf there; nothing was merged."
             )
-
-
-__all__ = ["fold", "local_kernel", "merge", "merged_weight", "unfold"]

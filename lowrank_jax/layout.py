@@ -90,7 +90,6 @@ class Labels:
         update = update.reshape(*update.shape[:-1], *(sizes[c] for c in self.outputs))
         return _transpose(update, self.batch + self.rest + self.outputs, self.y)
 
-
     def canonical_output(self, y: jax.Array) -> jax.Array:
         """The call's own output as ``[*batch, *rest, n_out]``; inverse of `output`."""
         y = _transpose(y, self.y, self.batch + self.rest + self.outputs)

@@ -143,7 +143,9 @@ class Plan:
         total = 0
         for entry in self.entries:
             layers = math.prod(entry.local.batch_shape)
-            total += sum(_size(leaf, layers) for leaf in entry.leaves.values() if self.is_trained(leaf, step, total_steps))
+            total += sum(
+                _size(leaf, layers) for leaf in entry.leaves.values() if self.is_trained(leaf, step, total_steps)
+            )
         for leaves in self.shared_leaves.values():
             total += sum(_size(leaf, 1) for leaf in leaves.values() if self.is_trained(leaf, step, total_steps))
         return total
@@ -278,7 +280,8 @@ def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
     if not usable and matched:
         raise ValueError(
             f"Pattern {pattern!r} matches {matched[0]} ({found[matched[0]].kind}, shape {found[matched[0]].shape}), but {rule.method.name} "
-            f"applies to {', '.join(sorted(kinds))} weights only. If it is a matmul's weight, pass sites=lowrank_jax.linen.sites(model, ...) "
+            f"applies to {', '.join(sorted(kinds))} weights only. If it is a matmul's weight, pass "
+            "sites=lowrank_jax.linen.sites(model, ...) "
             "or lowrank_jax.nnx.sites(model), or declare it."
         )
     if rule.layers is not None:
@@ -318,7 +321,9 @@ def _allocate(entries: list[Entry], params: Any) -> list[Entry]:
         for entry in members:
             leaf = flat[entry.site.path]
             if not isinstance(leaf, jax.Array) and not hasattr(leaf, "__array__"):
-                raise ValueError(f"{method.name} reads the weights to allocate ranks; {entry.site.path} is only a shape here.")
+                raise ValueError(
+                    f"{method.name} reads the weights to allocate ranks; {entry.site.path} is only a shape here."
+                )
             weight = jnp.asarray(leaf)
             if entry.layers is not None:
                 weight = jnp.take(weight, jnp.asarray(entry.layers), axis=entry.site.batch[0])

@@ -21,10 +21,18 @@ def render(plan: Plan) -> str:
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     groups: dict[tuple, list[Entry]] = {}
+    rows: list[tuple[str, ...]] = []
     for entry in plan.entries:
-        key = (re.sub(r"\d+", "*", entry.site.path), entry.site.shape, entry.method, entry.layers, entry.route, entry.site.spec)
+        key = (
+            re.sub(r"\d+", "*", entry.site.path),
+            entry.site.shape,
+            entry.method,
+            entry.layers,
+            entry.route,
+            entry.site.spec,
+        )
         groups.setdefault(key, []).append(entry)
-    rows, totals = [], [0, 0, 0]
+    totals = [0, 0, 0]
     for members in groups.values():
         first = members[0]
         trained, frozen, size = (sum(values) for values in zip(*map(_sizes, members), strict=True))
@@ -40,7 +48,9 @@ def render(plan: Plan) -> str:
         size = sum(math.prod(leaf.shape) for leaf in leaves.values())
         trained = sum(math.prod(leaf.shape) for leaf in leaves.values() if plan.is_trained(leaf))
         totals = [totals[0] + trained, totals[1] + size - trained, totals[2] + 4 * size]
-        rows.append(("(shared)", "", "", name, "", "", f"{trained:,}", f"{size - trained:,}", human_bytes(4 * size), ""))
+        rows.append(
+            ("(shared)", "", "", name, "", "", f"{trained:,}", f"{size - trained:,}", human_bytes(4 * size), "")
+        )
     share = f" ({100 * totals[0] / plan.base_count:.2f}% of {plan.base_count:,})" if plan.base_count else ""
     later = plan.count(10**6 - 1, 10**6)
     foot = f"{len(plan.entries)} sites" + (f"; at the end {later:,} trained" if later != totals[0] else "")

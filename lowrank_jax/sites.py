@@ -31,7 +31,8 @@ class Site:
         norms; only dense forms apply).
       shape: shape of the weight; dtype: its storage dtype name.
       batch, inputs, outputs: the axes of the weight by role; together they are all its axes.
-      scanned: the batch axes that a transform (nn.scan, nn.vmap) slices away before the module sees its weight; they come first in ``batch``.
+      scanned: the batch axes that a transform (nn.scan, nn.vmap) slices away before the module sees its weight; they come
+        first in ``batch``.
       factored: whether a bridge can apply a form inside the model. False means the update has to be added to the weight.
       spec: the weight's PartitionSpec where it is known.
     """
@@ -94,7 +95,7 @@ def flatten(params: Any) -> dict[str, Any]:
 def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
     """A copy of ``params`` with the leaves named in ``new`` replaced; everything else is shared."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    return treedef.unflatten([new.get("/".join(_key(k) for k in path), leaf) for path, leaf in leaves])
+    return jax.tree.unflatten(treedef, [new.get("/".join(_key(k) for k in path), leaf) for path, leaf in leaves])
 
 
 def _key(entry: Any) -> str:

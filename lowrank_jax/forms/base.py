@@ -35,7 +35,7 @@ class Leaf(NamedTuple):
     trains: tuple[float, float] | None = (0.0, 1.0)
     dtype: Any = None
     anchor: bool = False
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]
 
 
 class Call(NamedTuple):
@@ -114,7 +114,9 @@ def apply_rows(form: Form, rows: jax.Array, call: Call) -> jax.Array:
       ValueError: the call's batch has another length than ``rows``.
     """
     if not form.record.rows:
-        raise UnsupportedError(f"{type(form).__name__} cannot apply a different adapter to each row of a batch; merge it instead.")
+        raise UnsupportedError(
+            f"{type(form).__name__} cannot apply a different adapter to each row of a batch; merge it instead."
+        )
     if call.y.shape[0] != rows.shape[0]:
         raise ValueError(f"rows has {rows.shape[0]} entries but the batch at this site has {call.y.shape[0]} rows.")
     own = jax.tree.map(lambda leaf: leaf[jnp.maximum(rows, 0)], form)

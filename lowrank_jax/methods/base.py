@@ -43,7 +43,7 @@ class Method:
       name, config: what it was made from, for equality, checkpoints and tables.
     """
 
-    form: type = field(compare=False)
+    form: type[Any] = field(compare=False)
     leaves: Callable[[Site], dict[str, Leaf]] = field(compare=False)
     init: Callable[[jax.Array, Site, jax.Array | None], Leaves] = field(compare=False)
     expand: Callable[[Site, Mapping[str, jax.Array], Mapping[str, jax.Array]], Form] = field(compare=False)

@@ -35,13 +35,15 @@ def chain(parts: Parts) -> Method:
     methods = [build(name, dict(config)) for name, config in parts]
     for m in methods:
         if m.shared is not None or m.allocate is not None or not m.form.record.factored:
-            raise UnsupportedError(f"{m.name} cannot be combined with another method on the same weight; merge one of them first.")
+            raise UnsupportedError(
+                f"{m.name} cannot be combined with another method on the same weight; merge one of them first."
+            )
 
     def leaves(site: Site) -> dict[str, Leaf]:
         return {f"{n}.{k}": leaf for n, m in enumerate(methods) for k, leaf in m.leaves(site).items()}
 
     def init(key: jax.Array, site: Site, kernel: jax.Array | None) -> Leaves:
-        made = {}
+        made: Leaves = {}
         for n, m in enumerate(methods):
             own = m.init(jax.random.fold_in(key, n), site, kernel)
             made |= {f"{n}.{k}": leaf for k, leaf in own.items()}

@@ -55,8 +55,8 @@ def lamda(
       freeze: fraction of the run after which ``b`` is wholly frozen; 0 never trains it, 1 freezes it at the end.
       init: ``svd_residual``; ``svd_zero``: ``m = 0`` and the base untouched; ``official_code``: what the released code does, no SVD,
         ``a`` and ``m`` random, ``b = 0``.
-      core: where ``svd_residual`` keeps the singular values: ``identity``: all in ``b`` and ``m = I / s``; ``balanced``: their roots in ``a`` and
-        ``b``; ``sigma``: ``m = diag(sig) / s``.
+      core: where ``svd_residual`` keeps the singular values: ``identity``: all in ``b`` and ``m = I / s``; ``balanced``: their
+        roots in ``a`` and ``b``; ``sigma``: ``m = diag(sig) / s``.
       order: which rows of ``b`` freeze first, by singular value. svd: ``randomized`` (range finder) or ``exact``.
 
     Raises:
@@ -83,7 +83,9 @@ def lamda(
     def leaves(site: Site) -> dict[str, Leaf]:
         layers = int(np.prod(site.batch_shape)) if site.batch_shape else 1
         if ranks.ndim and ranks.size != layers:
-            raise ValueError(f"lamda at {site.path}: {ranks.size} ranks for a stack of {layers}; give one rank for each.")
+            raise ValueError(
+                f"lamda at {site.path}: {ranks.size} ranks for a stack of {layers}; give one rank for each."
+            )
         for one in {int(ranks.min()), r}:
             check_rank("lamda", one, site)
         total = ranks if ranks.ndim else np.full(layers, r)

@@ -29,16 +29,16 @@ def lamda_pp(
 ) -> Method:
     """LaMDA++: LaMDA with an adaptive rank for each layer (arXiv 2406.12832).
 
-    A weight whose leading ``rank`` directions hold a smaller share of its energy, ``sum_{i<=rank} sig_i^2 / sum_i sig_i^2``, has a flatter
-    spectrum and gets a larger rank: ranks are proportional to what is left out, ``1 - share``. The share does not change when a weight is scaled. Ranks are chosen when the plan is made, from
-    the weights only. The paper's exact score and map are not published in its code: this allocation is a reconstruction.
-    Count: ``sum of r_l^2`` once ``b`` is frozen.
+    A weight whose leading ``rank`` directions hold a smaller share of its energy, ``sum_{i<=rank} sig_i^2 / sum_i sig_i^2``, has a
+    flatter spectrum and gets a larger rank: ranks are proportional to what is left out, ``1 - share``. The share does not change
+    when a weight is scaled. Ranks are chosen when the plan is made, from the weights only. The paper's exact score and map are
+    not published in its code: this allocation is a reconstruction. Count: ``sum of r_l^2`` once ``b`` is frozen.
 
     Args:
       rank: the mean rank, which defines the budget: what plain LaMDA of this rank everywhere would use.
       candidates: the ranks to choose from; None: every rank from rank/4 to 2 rank. Few candidates mean few shapes to compile.
-      budget: what is held: ``rank``: the sum of r, spent exactly (with every rank allowed); ``core``: the sum of r^2; ``parameters``: the sum of r (n_in + n_out). The
-        latter two are never exceeded.
+      budget: what is held: ``rank``: the sum of r, spent exactly (with every rank allowed); ``core``: the sum of r^2;
+        ``parameters``: the sum of r (n_in + n_out). The latter two are never exceeded.
       compare: ``shape`` compares (and budgets) weights of equal shape among themselves, because the share at a fixed rank depends
         on the dimension; ``all`` compares everything with everything.
       alpha, dropout, freeze, core, svd: as in `lamda`; alpha None keeps s = 1 whatever the rank.
@@ -61,7 +61,9 @@ def lamda_pp(
     def choose(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, Method]:
         groups: dict[tuple[int, int] | None, list[Item]] = {}
         for path, site in sites.items():
-            shares = linalg.captured_energy(kernels[path], min(rank, site.max_rank), key=jax.random.key(0), method="randomized")
+            shares = linalg.captured_energy(
+                kernels[path], min(rank, site.max_rank), key=jax.random.key(0), method="randomized"
+            )
             for layer, share in enumerate(shares.reshape(-1).tolist()):
                 item = Item(f"{path}\0{layer:06d}", 1 - share, site.max_rank, _cost(budget, site))
                 groups.setdefault((site.n_in, site.n_out) if compare == "shape" else None, []).append(item)

@@ -16,9 +16,7 @@ from lowrank_jax.sites import Site
 
 
 @method
-def pissa(
-    rank: int = 16, alpha: float | None = None, svd: Literal["randomized", "exact"] = "randomized"
-) -> Method:
+def pissa(rank: int = 16, alpha: float | None = None, svd: Literal["randomized", "exact"] = "randomized") -> Method:
     """PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models (arXiv 2404.02948).
 
     With ``K = U diag(sig) V^T``: ``a = U_r sqrt(sig_r / s)`` and ``b = sqrt(sig_r / s) V_r^T`` are trained, and the base acts

@@ -15,7 +15,7 @@ Order = Literal["descending", "ascending"]
 class FreezeRowsState(NamedTuple):
     """Number of updates made so far, int32."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 def frozen_rows(step: jax.Array | int, rank: jax.Array | int, freeze_steps: float) -> jax.Array:

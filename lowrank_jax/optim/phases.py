@@ -33,7 +33,10 @@ def with_methods(tx: optax.GradientTransformation, plan: Plan, total_steps: int)
         return tx
 
     def labels(train: Any) -> Any:
-        return {path: {name: str(owners[path]) if path in owners else "" for name in leaves} for path, leaves in train.items()}
+        return {
+            path: {name: str(owners[path]) if path in owners else "" for name in leaves}
+            for path, leaves in train.items()
+        }
 
     return optax.chain(tx, optax.partition({"": optax.identity(), **transforms}, labels))
 
@@ -55,4 +58,4 @@ def carry_state(tx: optax.GradientTransformation, old: Any, new_train: Any) -> A
         previous = kept.get(jax.tree_util.keystr(path))
         same = previous is not None and getattr(previous, "shape", None) == getattr(leaf, "shape", None)
         merged.append(previous if same else leaf)
-    return treedef.unflatten(merged)
+    return jax.tree.unflatten(treedef, merged)
