@@ -1,0 +1,46 @@
+"""Writing an adapter directory in one piece."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+
+from lowrank_jax.peft.config import FILE
+
+WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+
+
+def check_free(out: pathlib.Path, overwrite: bool) -> None:
+    """Raises a FileExistsError unless the directory may be made, or be replaced without losing anything but an adapter."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another directory.")
+    names = sorted(file.name for file in out.iterdir())
+    if not names:
+        return
+    others = [name for name in names if name not in (FILE, WEIGHTS, CARD)]
+    if FILE not in names or others:
+        found = f"holds {others[0]!r}" if others else "holds files but no adapter"
+        raise FileExistsError(f"{out} {found}; only a directory with nothing but an adapter is ever replaced. Choose another.")
+    if not overwrite:
+        raise FileExistsError(f"{out} holds an adapter; choose another directory or pass overwrite=True.")
+
+
+def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """Makes ``out`` with what ``fill`` writes into a temporary directory beside it; it appears only when complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    room = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        new = room / "new"
+        new.mkdir()
+        fill(new)
+        if out.exists():
+            os.replace(out, room / "old")
+        os.replace(new, out)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
