@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lr
@@ -53,24 +54,32 @@ def base() -> tuple[Any, Any, Any]:
     return loaded.model, loaded.params, load_tokenizer(folder)
 
 
+def cosine(steps: Any) -> Any:
+    """Linear warmup over the first tenth, then half a cosine to zero; ``steps`` may be traced."""
+    return lambda count: jnp.minimum(count / (0.1 * steps), 0.5 + 0.5 * jnp.cos(jnp.pi * (count / steps - 0.1) / 0.9))
+
+
 @functools.cache
 def data(split: str, seed: int, limit: int | None) -> Any:
     return load_data("tweets", split, base()[2], batch_size=32, max_length=48, seed=seed, limit=limit)
 
 
 class Trainer:
-    """One method's compiled step for every learning rate and seed; the rate is an argument, so nothing compiles twice."""
+    """One method's compiled steps for every learning rate, seed and length of run: these are arguments, so nothing compiles twice."""
 
-    def __init__(self, name: str, steps: int):
-        self.method, self.steps = METHODS[name], steps
+    def __init__(self, name: str):
+        self.method = METHODS[name]
         model, params, _ = base()
         self.plan = lr.plan(params, {LINEAR: self.method, "classifier": lr.full()})
-        warmup = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
-        adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(warmup))
-        self.tx = lr.optim.with_methods(adam, self.plan, steps)
+
+        def optimizer(steps: Any) -> Any:
+            adam = optax.chain(
+                optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(cosine(steps))
+            )
+            return lr.optim.with_methods(adam, self.plan, steps)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(train: Any, state: Any, frozen: Any, params: Any, batch: Any, rate: Any) -> Any:
+        def step(train: Any, state: Any, frozen: Any, params: Any, batch: Any, rate: Any, steps: Any) -> Any:
             def loss_of(train: Any) -> Any:
                 logits = lr.linen.apply(
                     model, params, lr.join(train, frozen), batch["tokens"], attention_mask=batch["mask"]
@@ -78,7 +87,7 @@ class Trainer:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
             loss, gradients = jax.value_and_grad(loss_of)(train)
-            updates, state = self.tx.update(gradients, state, train)
+            updates, state = optimizer(steps).update(gradients, state, train)
             updates = {
                 path: jax.tree.map(lambda u, p=path: -u * (HEAD_RATE if "classifier" in p else rate), leaves)
                 for path, leaves in updates.items()
@@ -89,23 +98,24 @@ class Trainer:
         def predict(params: Any, adapters: Any, batch: Any) -> Any:
             return lr.linen.apply(model, params, adapters, batch["tokens"], attention_mask=batch["mask"]).argmax(-1)
 
-        self._step, self._predict = step, predict
+        self._step, self._predict, self._optimizer = step, predict, optimizer
 
-    def run(self, rate: float, seed: int, split: str, limit: int | None) -> dict[str, Any]:
+    def run(self, steps: int, rate: float, seed: int, split: str, limit: int | None) -> dict[str, Any]:
         """Trains once and evaluates on a split."""
         _, params, _ = base()
         started = time.time()
         original = lr.init(jax.random.key(seed), params, self.plan)
         params, adapters = lr.fold(params, original)
-        train, frozen = lr.partition(adapters, 0, self.steps)
-        state = self.tx.init(train)
+        train, frozen = lr.partition(adapters, 0, steps)
+        tx = self._optimizer(steps)
+        state = tx.init(train)
         batches = data("train", seed, None).iterator()
-        phases = self.plan.phases(self.steps)
-        for step in range(self.steps):
+        phases = self.plan.phases(steps)
+        for step in range(steps):
             if step and step in phases:
-                train, frozen = lr.partition(lr.join(train, frozen), step, self.steps)
-                state = lr.optim.carry_state(self.tx, state, train)
-            train, state, loss = self._step(train, state, frozen, params, next(batches), rate)
+                train, frozen = lr.partition(lr.join(train, frozen), step, steps)
+                state = lr.optim.carry_state(tx, state, train)
+            train, state, loss = self._step(train, state, frozen, params, next(batches), rate, steps)
         adapters = lr.join(train, frozen)
         right = seen = 0
         for batch in data(split, 0, limit).evaluation_batches():
@@ -133,7 +143,9 @@ def one(
     key = (name, steps, rate, seed)
     if key in done():
         return done()[key]
-    trainer = trainers.setdefault((name, steps), Trainer(name, steps))
+    if name not in trainers:
+        trainers[name] = Trainer(name)
+    trainer = trainers[name]
     result = {"method": name, "steps": steps, "rate": rate, "seed": seed, "split": split} | trainer.run(
         rate, seed, split, limit
     )
@@ -158,7 +170,7 @@ def main() -> None:
     rates = [float(rate) for rate in options.rates.split(",")]
     rows = {}
     for name in options.methods.split(","):
-        trainers: dict[Any, Trainer] = {}
+        trainers: dict[str, Trainer] = {}
         grid = {
             rate: one(name, options.grid_steps, rate, 0, "validation", 1000, trainers)["accuracy"] for rate in rates
         }
@@ -166,7 +178,7 @@ def main() -> None:
         runs = [
             one(name, options.steps, best, seed, "test", 4000, trainers)["accuracy"] for seed in range(options.seeds)
         ]
-        plan = Trainer(name, options.steps).plan
+        plan = lr.plan(base()[1], {LINEAR: METHODS[name], "classifier": lr.full()})
         rows[name] = {
             "rate": best,
             "grid": {f"{rate:g}": value for rate, value in grid.items()},

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
 Kind = Literal["dense", "conv", "embed", "param"]
@@ -85,17 +86,18 @@ class Site:
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """A tree of parameters as ``{'a/b/kernel': array}``; accepts dicts, FrozenDicts and NNX states."""
+    """A tree of parameters as ``{'a/b/kernel': array}``; accepts dicts, FrozenDicts, NNX states and boxed (nn.Partitioned) leaves."""
     if hasattr(params, "to_pure_dict"):
         params = params.to_pure_dict()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(meta.unbox(params))
     return {"/".join(_key(k) for k in path): leaf for path, leaf in leaves}
 
 
 def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
-    """A copy of ``params`` with the leaves named in ``new`` replaced; everything else is shared."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    return jax.tree.unflatten(treedef, [new.get("/".join(_key(k) for k in path), leaf) for path, leaf in leaves])
+    """A copy of ``params`` with the leaves named in ``new`` replaced; everything else is shared, boxes stay."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(meta.unbox(params))
+    plain = jax.tree.unflatten(treedef, [new.get("/".join(_key(k) for k in path), leaf) for path, leaf in leaves])
+    return meta.replace_boxed(params, plain)
 
 
 def _key(entry: Any) -> str:

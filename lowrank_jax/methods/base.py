@@ -138,7 +138,9 @@ def random_a(key: jax.Array, shape: tuple[int, ...], init: str = "kaiming") -> j
 
 
 def scaling(rank: int, alpha: float | None, rank_stabilised: bool = False) -> float:
-    """``alpha / rank`` or ``alpha / sqrt(rank)``; alpha defaults to the rank."""
+    """``alpha / rank`` or ``alpha / sqrt(rank)``; alpha defaults to the rank. Raises a ValueError for a rank below 1."""
+    if rank < 1:
+        raise ValueError(f"rank={rank}: expected a rank of at least 1.")
     alpha = rank if alpha is None else alpha
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 

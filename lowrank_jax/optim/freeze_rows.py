@@ -18,23 +18,22 @@ class FreezeRowsState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]
 
 
-def frozen_rows(step: jax.Array | int, rank: jax.Array | int, freeze_steps: float) -> jax.Array:
+def frozen_rows(step: jax.Array | int, rank: jax.Array | int, freeze_steps: jax.Array | float) -> jax.Array:
     """How many of ``rank`` rows are frozen at update ``step``: ``min(r, floor(r * step / freeze_steps))``, int32.
 
     Example:
       >>> [int(frozen_rows(step, 4, 8)) for step in (0, 1, 2, 7, 8, 99)]
       [0, 0, 1, 3, 4, 4]
     """
-    if freeze_steps <= 0:
-        return jnp.asarray(rank, jnp.int32)
+    rank, run = jnp.asarray(rank, jnp.int32), jnp.asarray(freeze_steps, jnp.float32)
     # The small offset keeps an exact multiple from rounding down in float32.
-    done = jnp.floor(jnp.asarray(rank) * jnp.asarray(step, jnp.float32) / freeze_steps + 1e-4).astype(jnp.int32)
-    return jnp.minimum(jnp.asarray(rank, jnp.int32), done)
+    done = jnp.floor(rank * jnp.asarray(step, jnp.float32) / jnp.maximum(run, 1e-9) + 1e-4)
+    return jnp.where(step >= run, rank, jnp.minimum(rank, done.astype(jnp.int32)))
 
 
 def freeze_rows(
     leaf: str,
-    freeze_steps: float,
+    freeze_steps: jax.Array | float,
     ranks: int | Sequence[int] | None = None,
     order: Order = "descending",
 ) -> optax.GradientTransformation:
