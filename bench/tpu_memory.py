@@ -3,25 +3,27 @@
     pip install -e '.[topology]'
     python -m bench.tpu_memory                # about twenty minutes on two cores; --quick for one row of each
 
-Compiles whole training steps (forward, backward, optimizer update; bfloat16 weights and compute, float32 adapters and AdamW state, batch 4 x
-512) for one chip and reads the compiler's own account. Two models: Llama-2-7B shapes with adapters on all linear layers, and an encoder
-of BERT-large's shapes, whose activations no remat policy hides. LaMDA appears in both of its phases: `start` trains the core and the second
-projection, `end` the core alone.
+Compiles whole training steps (forward, backward, optimizer update; bfloat16 weights and compute, float32 adapters and AdamW
+state, batch 4 x 512) for one chip and reads the compiler's own account. Two models: Llama-2-7B shapes with adapters on all linear
+layers, and an encoder of BERT-large's shapes without rematerialisation. LaMDA appears in both of its phases: `start` trains the
+core and the second projection, `end` the core alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lr
 from bench.common import table, write_json
 from lowrank_jax import models
-from lowrank_jax.memory import compile_report
+from lowrank_jax.memory import abstract_adapters, compile_report, topology_mesh
 
 LLAMA = r".*/(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 BERT = r".*/(query|key|value|attention/output|mlp/intermediate|mlp/output)"
@@ -37,7 +39,7 @@ def training_step(model: Any, shapes: Any, method: lr.Method, pattern: str, step
     """A training step and its abstract arguments at one step of a run of 100."""
     tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32)
     plan = lr.plan(shapes, {pattern: method}, sites=lr.linen.sites(model, shapes, tokens))
-    adapters = jax.eval_shape(lambda p: lr.init(jax.random.key(0), p, plan), shapes)
+    adapters = abstract_adapters(plan)
     if plan.entries[0].method.anchor is not None:
         adapters = adapters.replace(folded=True)
     train, frozen = lr.partition(adapters, step, 100)
@@ -78,23 +80,19 @@ def measure(family: str, remat: str, name: str, topology: str) -> dict[str, Any]
             vocab_size=30522, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
         )
         pattern = BERT
-    config = _with(config, scan_layers=True, remat=remat, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    config = dataclasses.replace(config, scan_layers=True, remat=remat, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     shapes = models.param_shapes(config)
     run, args, plan = training_step(models.build(config), shapes, method, pattern, step)
     # Full fine-tuning trains the weights themselves: the base it starts from is not kept beside them on the chip.
-    report = compile_report(run, args, topology=topology, donate=(0, 1))
+    chip = NamedSharding(topology_mesh(topology, {"chip": 1}), PartitionSpec())
+    args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), args)
+    report = compile_report(run, args, donate=(0, 1))
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return {
         "model": family, "remat": remat, "method": name, "trainable": plan.count(step, 100), "base_gib": base / 2**30,
         "peak_gib": report.peak / 2**30, "temp_gib": report.temp / 2**30, "rest_gib": (report.peak - base) / 2**30,
         "tflops": report.flops / 1e12,
     }  # fmt: skip
-
-
-def _with(config: Any, **fields: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, **fields)
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def one(
         trainers[name] = Trainer(name)
     trainer = trainers[name]
     result = {"method": name, "steps": steps, "rate": rate, "seed": seed, "split": split} | trainer.run(
-        rate, seed, split, limit
+        steps, rate, seed, split, limit
     )
     RESULTS.mkdir(exist_ok=True)
     with LOG.open("a") as log:
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--grid-steps", type=int, default=50)
     parser.add_argument("--rates", default="1.25e-4,5e-4,2e-3,8e-3")
     options = parser.parse_args()

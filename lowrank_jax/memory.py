@@ -56,7 +56,9 @@ def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
-        raise TopologyError("The TPU compiler is missing: pip install 'lowrank_jax[topology]' (the libtpu package), and set JAX_PLATFORMS=cpu.")
+        raise TopologyError(
+            "The TPU compiler is missing: pip install 'lowrank_jax[topology]' (the libtpu package), and set JAX_PLATFORMS=cpu."
+        )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
@@ -65,7 +67,8 @@ def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise TopologyError(
-            f"The TPU compiler knows no topology {topology!r} ({str(error).splitlines()[0][:120]}). Examples: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:4x4."
+            f"The TPU compiler knows no topology {topology!r} ({str(error).splitlines()[0][:120]}). "
+            "Examples: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:4x4."
         ) from error
     needed = math.prod(axes.values())
     if needed > len(devices):
@@ -76,7 +79,9 @@ def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def compile_report(step: Callable[..., Any], args: Sequence[Any], donate: Sequence[int] = (), out_shardings: Any = None) -> CompileReport:
+def compile_report(
+    step: Callable[..., Any], args: Sequence[Any], donate: Sequence[int] = (), out_shardings: Any = None
+) -> CompileReport:
     """Compiles a function for the devices its arguments are laid on and asks what it needs.
 
     Args:
@@ -90,14 +95,21 @@ def compile_report(step: Callable[..., Any], args: Sequence[Any], donate: Sequen
       >>> report.argument, report.flops
       (16384, 524288.0)
     """
-    jitted = jax.jit(step, donate_argnums=tuple(donate), **({} if out_shardings is None else {"out_shardings": out_shardings}))
+    jitted = jax.jit(
+        step, donate_argnums=tuple(donate), **({} if out_shardings is None else {"out_shardings": out_shardings})
+    )
     compiled = jitted.lower(*args).compile()
     m, cost = compiled.memory_analysis(), compiled.cost_analysis()
     total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     # The CPU compiler leaves the peak at the temporaries'; the sum of all parts is what it holds at once.
     peak = max(getattr(m, "peak_memory_in_bytes", 0), 0)
     on_cpu = all(device.platform == "cpu" for device in _devices(args))
-    return CompileReport(total if on_cpu or not peak else peak, m.temp_size_in_bytes, m.argument_size_in_bytes, float(cost.get("flops", 0.0)))
+    return CompileReport(
+        total if on_cpu or not peak else peak,
+        m.temp_size_in_bytes,
+        m.argument_size_in_bytes,
+        float(cost.get("flops", 0.0)),
+    )
 
 
 def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Adapters:
@@ -118,12 +130,18 @@ def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.flo
     for entry in plan.entries:
         batch = () if entry.site.kind == "param" else entry.local.batch_shape
         sites[entry.site.path] = {
-            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local), leaf.dtype) for name, leaf in entry.leaves.items()
+            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local), leaf.dtype)
+            for name, leaf in entry.leaves.items()
         }
-    shared = {group: {name: make(leaf.shape, None, leaf.dtype) for name, leaf in leaves.items()} for group, leaves in plan.shared_leaves.items()}
+    shared = {
+        group: {name: make(leaf.shape, None, leaf.dtype) for name, leaf in leaves.items()}
+        for group, leaves in plan.shared_leaves.items()
+    }
     return Adapters(sites, shared, plan)
 
 
 def _devices(args: Any) -> set[Any]:
     found = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
-    return {device for sharding in found if sharding is not None for device in sharding.device_set} or set(jax.devices()[:1])
+    return {device for sharding in found if sharding is not None for device in sharding.device_set} or set(
+        jax.devices()[:1]
+    )

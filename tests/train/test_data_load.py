@@ -172,12 +172,13 @@ def test_settings_that_do_not_fit(sst2, tokenizer):
         ({"shard_index": 2, "shard_count": 2}, "shard_index=2"),
         ({"task": "causal_lm"}, "is for classification"),
         ({"pack": True}, "prompts with completions"),
-        ({"directory": None}, "pass directory=, with train.tsv"),
         ({"directory": sst2 / "absent"}, "no such directory"),
         ({"directory": sst2.parent}, "none of train.tsv, dev.tsv.*expects train.tsv and dev.tsv of SST-2"),
     ):
         with pytest.raises(ValueError, match=match):
             load("glue/sst2", "train", tokenizer, **(good | changes))
+    with pytest.raises(DataError, match="pass directory=.*with train.csv"):
+        load("banking77", "train", tokenizer, **(good | {"directory": None}))
     with pytest.raises(DataError, match="Did you mean 'glue/sst2'"):
         load("glue/sst-2", "train", tokenizer, **good)
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):

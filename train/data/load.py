@@ -45,7 +45,8 @@ def load(
         seed: of the shuffling and the packing.
         shard_index: this process; 0 <= shard_index < shard_count.
         shard_count: processes; divides batch_size.
-        directory: where the files lie, for data sets that no asset provides.
+        directory: where the files lie, for data sets that no asset provides; None lets tensorflow-datasets fetch
+            those it knows.
         pack: put several examples into a row (language modelling), all rows of width `max_length`.
         chat: use the tokenizer's chat template (prompts with completions).
         limit: use the first so many examples only.

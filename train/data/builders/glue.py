@@ -1,5 +1,5 @@
-"""GLUE tasks from a local directory of their TSV files ("GLUE: A Multi-Task Benchmark and Analysis Platform
-for Natural Language Understanding", arXiv:1804.07461).
+"""GLUE tasks, by name from tensorflow-datasets or from a local directory of their TSV files
+("GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", arXiv:1804.07461).
 
 The published test sets have no labels, so the splits are train and validation (dev.tsv). Labels are numbered
 as in the published data set on the Hugging Face hub.
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from train.data.builders.source import DataError, Record, Source, named_files, per_split, rows
+from train.data.builders.source import DataError, Published, Record, Source, named_files, per_split, rows, text
 
 
 class _Task(NamedTuple):
@@ -21,8 +21,12 @@ class _Task(NamedTuple):
     labels: dict[str, str]  # as written in the file -> name; {} for a score
     header: Sequence[str] | None
     about: str
+    features: tuple[str, ...] = ("sentence1", "sentence2")  # the texts' names in tensorflow-datasets
+    dev: str = ""  # the suffix of dev.tsv and of tensorflow-datasets' split
+    skip_short: bool = False
 
 
+_HOST = "https://dl.fbaipublicfiles.com"
 _ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
 _TASKS = {
     "cola": _Task(
@@ -31,6 +35,7 @@ _TASKS = {
         {"0": "unacceptable", "1": "acceptable"},
         ("source", "label", "mark", "sentence"),
         "is a sentence grammatical",
+        ("sentence",),
     ),
     "mrpc": _Task(
         "MRPC",
@@ -39,8 +44,35 @@ _TASKS = {
         None,
         "do two sentences say the same",
     ),
+    "mnli": _Task(
+        "MNLI",
+        ("sentence1", "sentence2", "gold_label"),
+        {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"},
+        None,
+        "does a premise entail or contradict a hypothesis; validation on matched genres",
+        ("premise", "hypothesis"),
+        "_matched",
+    ),
+    "qnli": _Task(
+        "QNLI",
+        ("question", "sentence", "label"),
+        _ENTAILMENT,
+        None,
+        "does a sentence answer a question",
+        ("question", "sentence"),
+    ),
+    # Some rows of the published file lack columns; every reader of the benchmark leaves them out.
+    "qqp": _Task(
+        "QQP",
+        ("question1", "question2", "is_duplicate"),
+        {"0": "not_duplicate", "1": "duplicate"},
+        None,
+        "do two questions ask the same",
+        ("question1", "question2"),
+        skip_short=True,
+    ),
     "rte": _Task("RTE", ("sentence1", "sentence2", "label"), _ENTAILMENT, None, "does one text entail the other"),
-    "sst2": _Task("SST-2", ("sentence", "label"), {"0": "negative", "1": "positive"}, None, "sentiment of phrases"),
+    "sst2": _Task("SST-2", ("sentence", "label"), {"0": "negative", "1": "positive"}, None, "sentiment of phrases", ("sentence",)),
     "stsb": _Task("STS-B", ("sentence1", "sentence2", "score"), {}, None, "similarity of sentences, 0 to 5"),
     "wnli": _Task(
         "WNLI",
@@ -52,20 +84,27 @@ _TASKS = {
 }
 
 
-def _source(task: _Task) -> Source:
+def _source(name: str, task: _Task) -> Source:
     def read(path: pathlib.Path) -> Iterator[Record]:
-        for number, (*texts, label) in enumerate(rows(path, task.columns, delimiter="\t", header=task.header), 1):
+        table = rows(path, task.columns, delimiter="\t", header=task.header, skip_short=task.skip_short)
+        for number, (*texts, label) in enumerate(table, 1):
             yield {
                 "text": texts[0].strip(),
                 "text_pair": texts[1].strip() if len(texts) > 1 else "",
                 "label": _label(path, number, task, label),
             }
 
-    layout = f"train.tsv and dev.tsv of {task.folder}, with the columns {', '.join(task.columns)}"
-    files = named_files(train="train.tsv", validation="dev.tsv")
+    def record(example: Mapping[str, Any]) -> Record:
+        texts = [text(example[feature]) for feature in task.features]
+        return {"text": texts[0], "text_pair": texts[1] if len(texts) > 1 else "", "label": example["label"]}
+
+    layout = f"train.tsv and dev{task.dev}.tsv of {task.folder}, with the columns {', '.join(task.columns)}"
+    files = named_files(train="train.tsv", validation=f"dev{task.dev}.tsv")
+    splits = {"train": "train", "validation": f"validation{task.dev}"}
+    published = Published("tensorflow_datasets.text.glue", f"glue/{name}", splits, record, _HOST)
     kind = "labelled" if task.labels else "scored"
     labels = tuple(task.labels.values())
-    return Source("classification", kind, labels, files, per_split(read), layout, None, f"GLUE: {task.about}")  # type: ignore[arg-type]
+    return Source("classification", kind, labels, files, per_split(read), layout, None, f"GLUE: {task.about}", published)  # type: ignore[arg-type]
 
 
 def _label(path: pathlib.Path, number: int, task: _Task, label: str) -> str | float:
@@ -82,4 +121,4 @@ def _label(path: pathlib.Path, number: int, task: _Task, label: str) -> str | fl
     return score
 
 
-SOURCES: dict[str, Source] = {f"glue/{name}": _source(task) for name, task in _TASKS.items()}
+SOURCES: dict[str, Source] = {f"glue/{name}": _source(name, task) for name, task in _TASKS.items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from train.data.builders.source import DataError, Files, Record, Source, named_files, per_split
+from train.data.builders.source import DataError, Files, Published, Record, Source, named_files, per_split, text
 
 PIECE_CHARACTERS = 16_384
 HELD_OUT = 0.05  # of a single text file, for validation and for test each
@@ -23,6 +24,10 @@ def _gsm8k(path: pathlib.Path) -> Iterator[Record]:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
             prompt, completion = _fields(path, number, value, "question", "answer")
             yield {"prompt": prompt, "completion": completion}
+
+
+def _gsm8k_record(example: Mapping[str, Any]) -> Record:
+    return {"prompt": text(example["question"]), "completion": text(example["answer"])}
 
 
 def _instructions(path: pathlib.Path) -> Iterator[Record]:
@@ -57,6 +62,17 @@ def _e2e(path: pathlib.Path) -> Iterator[Record]:
             if not mark or not reference.strip():
                 raise DataError(f"{path}, line {number}: {line[:60]!r}; expected 'meaning representation||text'.")
             yield {"prompt": meaning.strip(), "completion": reference.strip()}
+
+
+# The cleaned edition names the attributes in another way than the files that papers on adapters use.
+_ATTRIBUTES = {"eatType": "Type", "familyFriendly": "family friendly", "priceRange": "price"}
+
+
+def _e2e_record(example: Mapping[str, Any]) -> Record:
+    table = example["input_text"]["table"]
+    pairs = zip(map(text, table["column_header"]), map(text, table["content"]), strict=True)
+    meaning = " | ".join(f"{_ATTRIBUTES.get(name, name)} : {value}" for name, value in pairs)
+    return {"prompt": meaning, "completion": text(example["target_text"])}
 
 
 def _text_files(root: pathlib.Path) -> Files:
@@ -112,6 +128,13 @@ SOURCES: dict[str, Source] = {
         "train.jsonl and test.jsonl with question and answer",
         None,
         "grade-school mathematics",
+        Published(
+            "tensorflow_datasets.text.gsm8k.gsm8k",
+            "gsm8k",
+            {"train": "train", "test": "test"},
+            _gsm8k_record,
+            "https://raw.githubusercontent.com",
+        ),
     ),
     "e2e": Source(
         "causal_lm",
@@ -121,7 +144,14 @@ SOURCES: dict[str, Source] = {
         per_split(_e2e),
         "train.txt, valid.txt or test.txt, lines of 'meaning representation||text'",
         None,
-        "restaurant descriptions from data (E2E NLG)",
+        "restaurant descriptions from data (E2E NLG; by name the cleaned edition, arXiv:1911.03905)",
+        Published(
+            "tensorflow_datasets.datasets.e2e_cleaned.e2e_cleaned_dataset_builder",
+            "e2e_cleaned",
+            {split: split for split in ("train", "validation", "test")},
+            _e2e_record,
+            "https://github.com",
+        ),
     ),
     "instructions": Source(
         "causal_lm",

@@ -7,7 +7,6 @@ equal files are prepared once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -17,11 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 
 from lowrank_jax import assets
-from train.data.builders import classification, glue, language
-from train.data.builders.source import DataError, Files, Record, Source, fingerprint
+from train.data.builders import classification, glue, language, published
+from train.data.builders.source import DataError, Files, Published, Record, Source, fingerprint
 
 SOURCES: dict[str, Source] = classification.SOURCES | glue.SOURCES | language.SOURCES
 
@@ -97,9 +95,9 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
         name: a key of SOURCES.
         split: 'train', 'validation' or 'test'; what there is depends on the source.
         directory: the folder (for 'text' also a file) with the source's files; None where an asset provides
-            them.
+            them, or to have tensorflow-datasets fetch them (GLUE, GSM8K, E2E).
     Raises:
-        DataError: an unknown name or split, missing or malformed files.
+        DataError: an unknown name or split, missing or malformed files, no network to fetch them over.
         lowrank_jax.assets.AssetError: the asset cannot be fetched.
     """
     if name not in SOURCES:
@@ -107,6 +105,8 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DataError(f"no data set is called {name!r}.{hint} There are {', '.join(SOURCES)}.")
     source = SOURCES[name]
+    if directory is None and source.published is not None:
+        return _published(name, source, source.published, split)
     files = _files(name, source, directory)
     labels = _collect_labels(source, files) if source.labels is None else source.labels
     mark = fingerprint(files)
@@ -127,25 +127,27 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
 
 
 def _build(config: SourceConfig) -> LowrankData:
-    with _without_warnings():  # tfds warns of every configuration that is made on the fly, as ours are
+    with published.quiet():  # tfds warns of every configuration that is made on the fly, as ours are
         builder = LowrankData(config=config, data_dir=str(assets.cache_dir() / "tfds"), file_format="array_record")
     builder.download_and_prepare()
     return builder
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
+def _published(name: str, source: Source, where: Published, split: str) -> Prepared:
+    if split not in where.splits:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(sorted(where.splits))}.")
     try:
-        yield
-    finally:
-        absl_logging.set_verbosity(before)
+        records, mark = published.fetch(where, split, source.labels or ())
+    except DataError as error:
+        raise DataError(
+            f"{name}: {error} Or pass directory= (on the command line --config.data.directory), a folder with {source.layout}."
+        ) from error.__cause__
+    return Prepared(source, records, source.labels or (), mark)
 
 
 def _files(name: str, source: Source, directory: os.PathLike[str] | str | None) -> Files:
     if directory is None and source.asset is None:
-        raise DataError(f"{name} is read from files of yours: pass directory=, with {source.layout}.")
+        raise DataError(f"{name} is read from files of yours: pass directory= (--config.data.directory), with {source.layout}.")
     if directory is not None and source.asset is not None:
         raise DataError(f"{name} is fetched as an asset; leave out directory=.")
     root = assets.fetch(source.asset) if source.asset is not None else pathlib.Path(directory or ".").expanduser()

@@ -22,6 +22,24 @@ class DataError(ValueError):
     """A data set that is missing, empty or malformed."""
 
 
+class Published(NamedTuple):
+    """A data set that tensorflow-datasets has under a name of its own.
+
+    Attributes:
+        module: defines its builder, which is known by name only once this is imported.
+        name: of the builder, such as 'glue/sst2'.
+        splits: our name of a split -> theirs.
+        record: their example -> ours; a label stays the number it is.
+        host: where its files come from.
+    """
+
+    module: str
+    name: str
+    splits: Mapping[str, str]
+    record: Callable[[Mapping[str, Any]], Record]
+    host: str
+
+
 class Source(NamedTuple):
     """A data set this project can read.
 
@@ -36,6 +54,7 @@ class Source(NamedTuple):
         layout: the files a user has to provide, for error messages; '' if an asset provides them.
         asset: name in `lowrank_jax.assets`, or None.
         about: one line for people.
+        published: where it comes from without a folder of the user's, or None.
     """
 
     task: Task
@@ -46,6 +65,12 @@ class Source(NamedTuple):
     layout: str
     asset: str | None
     about: str
+    published: Published | None = None
+
+
+def text(value: bytes | str) -> str:
+    """A text feature of tensorflow-datasets without the white space around it."""
+    return (value.decode("utf-8") if isinstance(value, bytes) else value).strip()
 
 
 def named_files(**names: str) -> Callable[[pathlib.Path], Files]:
@@ -91,11 +116,13 @@ def rows(
     delimiter: str = ",",
     encoding: str = "utf-8-sig",
     header: Sequence[str] | None = None,
+    skip_short: bool = False,
 ) -> Iterator[tuple[str, ...]]:
     """Yields the named columns of a CSV or (delimiter tab, no quoting) TSV file.
 
     Args:
         header: the names of all columns, for a file without a first line that names them.
+        skip_short: leave out rows that lack columns instead of refusing the file.
     Raises:
         DataError: a missing column, a row that is too short, or bytes that are not text.
     """
@@ -110,7 +137,7 @@ def rows(
                 raise DataError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(names) or 'none'}.")
             places = [names.index(c) for c in columns]
             for row in reader:
-                if not row:
+                if not row or (skip_short and len(row) <= max(places)):
                     continue
                 if len(row) <= max(places):
                     raise DataError(f"{path}, line {reader.line_num}: {len(row)} columns, expected {len(names)}.")

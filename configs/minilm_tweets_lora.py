@@ -1,0 +1,15 @@
+"""LoRA on the tweets.
+
+python -m train.finetune --config=configs/minilm_tweets_lora.py
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs.minilm_tweets import experiment
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the experiment."""
+    return experiment("lora", learning_rate=1e-3, rank=16, alpha=16.0)

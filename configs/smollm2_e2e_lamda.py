@@ -1,0 +1,15 @@
+"""LaMDA on SmolLM2-135M-Instruct and E2E NLG (train.txt, valid.txt and test.txt, lines of data||text).
+
+python -m train.finetune --config=configs/smollm2_e2e_lamda.py --config.data.directory=/where/the/files/are
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs.smollm2 import experiment
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the experiment."""
+    return experiment("e2e", "lamda", learning_rate=2e-3, rank=32)

@@ -1,0 +1,15 @@
+"""LoRA on SmolLM2-135M-Instruct and E2E NLG (train.txt, valid.txt and test.txt, lines of data||text).
+
+python -m train.finetune --config=configs/smollm2_e2e_lora.py --config.data.directory=/where/the/files/are
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs.smollm2 import experiment
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the experiment."""
+    return experiment("e2e", "lora", learning_rate=5e-4, rank=16, alpha=16.0)

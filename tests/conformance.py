@@ -1,0 +1,447 @@
+"""The laws every method obeys, on every kind of site, through both bridges, in every layout.
+
+A new method is one row of `METHODS`: how it is made, its parameter count and its update as the paper writes them. `cases` gives the
+matrix, `check` runs all laws on one case; several laws share each compile. Numbers are compared with float64 numpy where the
+paper's formula gives them, and with the plain Linen model where a layout or a bridge must not matter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conformance_jaxpr import gradient_shapes
+from conformance_models import BRIDGES, KINDS, LAYOUTS, Model, build
+
+import lowrank_jax as lr
+from lowrank_jax import checkpoint
+from lowrank_jax.forms import UnsupportedError
+from lowrank_jax.methods.base import Method
+from lowrank_jax.plan import from_config
+from lowrank_jax.sites import flatten, with_leaves
+
+Config = Mapping[str, Any]
+Leaves = Mapping[str, Any]
+TOLERANCE = 1e-5
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the suite has to know of a method.
+
+    Attributes:
+      name: of the row. make: the method; take alpha != rank, so that a scale applied twice or never shows.
+      count: ``(site, config) ->`` parameters trained at the start at one layer of a site; ``config`` is the site's own method's.
+      update: ``(leaves, shared, kernel) ->`` the update ``[*batch, n_in, n_out]`` in float64 numpy, as the paper writes it.
+      rank: ``config ->`` bound on the rank of the update.
+      count_end: like ``count`` for the end of a run; None: the same.
+      count_shared: parameters trained in leaves common to all sites.
+      init_tolerance: how far the output at init may be from the base's, relative; 0: not at all.
+      everywhere: run every layout through both bridges; of the others each layout runs through one.
+    """
+
+    name: str
+    make: Callable[[], Method]
+    count: Callable[[lr.Site, Config], int]
+    update: Callable[[Leaves, Leaves, np.ndarray], np.ndarray]
+    rank: Callable[[Config], int]
+    count_end: Callable[[lr.Site, Config], int] | None = None
+    count_shared: int = 0
+    init_tolerance: float = 0.0
+    everywhere: bool = False
+
+
+def _lora_count(site: lr.Site, config: Config) -> int:
+    return config["rank"] * (site.n_in + site.n_out)
+
+
+def _lamda_count(site: lr.Site, config: Config) -> int:
+    return config["rank"] ** 2 + config["rank"] * site.n_out
+
+
+def _core_count(site: lr.Site, config: Config) -> int:
+    return config["rank"] ** 2
+
+
+def _rank(config: Config) -> int:
+    return config["rank"]
+
+
+def _lamda_row(name: str, make: Callable[[], Method], scale: float, everywhere: bool = False) -> Row:
+    def update(p: Leaves, shared: Leaves, kernel: np.ndarray) -> np.ndarray:
+        anchor = p["m0"] @ p["b0"] if "m0" in p else 0
+        return scale * p["a"] @ (p["m"] @ p["b"] - anchor)
+
+    return Row(name, make, _lamda_count, update, _rank, count_end=_core_count, everywhere=everywhere)
+
+
+_PARTS = (("lora", (("rank", 1),)), ("lora", (("rank", 2), ("alpha", 6.0))))
+METHODS = [
+    Row("lora", lambda: lr.lora(rank=3, alpha=6), _lora_count, lambda p, g, w: 2 * p["a"] @ p["b"], _rank,
+        everywhere=True),
+    _lamda_row("lamda", lambda: lr.lamda(rank=3, alpha=6, freeze=0.8), scale=2, everywhere=True),
+    _lamda_row("lamda_svd_zero", lambda: lr.lamda(rank=3, alpha=6, freeze=0.8, init="svd_zero"), scale=2),
+    _lamda_row("lamda_official", lambda: lr.lamda(rank=3, alpha=6, freeze=0.8, init="official_code"), scale=2),
+    _lamda_row("lamda_pp", lambda: lr.lamda_pp(rank=3, freeze=0.8), scale=1),
+    Row("pissa", lambda: lr.pissa(rank=3, alpha=6), _lora_count, lambda p, g, w: 2 * (p["a"] @ p["b"] - p["a0"] @ p["b0"]),
+        lambda c: 2 * c["rank"], init_tolerance=1e-5),
+    Row("lora_xs", lambda: lr.lora_xs(rank=3, alpha=6), _core_count, lambda p, g, w: 2 * p["a"] @ p["m"] @ p["b"], _rank,
+        init_tolerance=1e-3),
+    Row("full", lr.full, lambda s, c: s.n_in * s.n_out, lambda p, g, w: p["weight"] - w, lambda c: 10**9),
+    Row("chain", lambda: lr.build("chain", {"parts": _PARTS}), lambda s, c: 3 * (s.n_in + s.n_out),
+        lambda p, g, w: p["0.a"] @ p["0.b"] + 3 * p["1.a"] @ p["1.b"], lambda c: 3),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one model. What several laws need is computed once."""
+
+    row: Row
+    bridge: str
+    kind: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.row.name}-{self.bridge}-{self.kind}-{self.layout}"
+
+    @functools.cached_property
+    def model(self) -> Model:
+        return build(self.bridge, self.kind, self.layout)
+
+    @functools.cached_property
+    def plan(self) -> lr.Plan:
+        sites = {path: site for path, site in self.model.sites.items() if site.kind != "param"}
+        return lr.plan(self.model.params, {".*": self.row.make()}, sites=sites)
+
+    @functools.cached_property
+    def adapters(self) -> lr.Adapters:
+        return lr.init(jax.random.key(1), self.model.params, self.plan)
+
+    def moved(self, seed: int = 0) -> lr.Adapters:
+        """Random, far from init, and the same numbers in every bridge and layout."""
+        leaves, shared = _moved(self.row, self.kind, seed)
+        laid = self.adapters.replace(sites=self.model.lay(leaves), shared=shared)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), laid, self.adapters)
+
+    @functools.cached_property
+    def apply(self) -> Callable[..., jax.Array]:
+        return jax.jit(self.model.apply)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return lr.optim.with_methods(optax.adamw(1e-2, weight_decay=0.1), self.plan, total_steps=10)
+
+    def loss(self, train: Any, frozen: lr.Adapters, params: Any) -> jax.Array:
+        y = self.model.apply(params, lr.join(train, frozen), *self.model.args)
+        return jnp.mean((y - _target(y.shape)) ** 2)
+
+    @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        def step(train: Any, frozen: lr.Adapters, params: Any, state: Any) -> Any:
+            loss, gradient = jax.value_and_grad(self.loss)(train, frozen, params)
+            updates, state = self.optimizer.update(gradient, state, train)
+            return optax.apply_updates(train, updates), state, loss, gradient
+
+        train, _ = lr.partition(self.adapters)
+        pinned = jax.tree.map(lambda x: x.sharding, train) if self.layout == "mesh" else None
+        return jax.jit(step, out_shardings=(pinned, None, None, pinned))
+
+
+_case = functools.cache(Case)
+
+
+def cases(rows: Sequence[Row] = tuple(METHODS)) -> Iterator[Case]:
+    """Every method on every kind of site through both bridges, and in every layout: through both bridges where a row says
+    ``everywhere``, else through one in turn."""
+    for number, row in enumerate(rows):
+        for bridge in BRIDGES:
+            for kind in KINDS:
+                yield _case(row, bridge, kind, "plain")
+        for n, layout in enumerate(LAYOUTS):
+            for bridge in BRIDGES if row.everywhere else [BRIDGES[(n + number) % 2]]:
+                yield _case(row, bridge, "mixed", layout)
+
+
+def check(case: Case) -> None:
+    """Runs every law on a case."""
+    for law in LAWS:
+        law(case)
+
+
+def init_is_the_base(case: Case) -> None:
+    """Law 1. The method's record says whether exactly."""
+    base = case.model.run(case.model.params, *case.model.args)
+    start = case.apply(case.model.params, case.adapters, *case.model.args)
+    assert start.dtype == base.dtype
+    assert {e.method.exact_init for e in case.plan.entries} == {case.row.init_tolerance == 0}
+    assert _difference(start, base) <= case.row.init_tolerance
+    moved = case.apply(case.model.params, case.moved(), *case.model.args)
+    assert np.isfinite(moved).all() and _difference(moved, base) > 1e-2
+
+
+def acts_as_its_update(case: Case) -> None:
+    """Laws 2 and 3: the adapted model is the model with the paper's update added to its weights, and merging adds just that."""
+    model, adapters = case.model, case.moved()
+    before = jax.tree.map(lambda x: np.array(x), model.params)
+    merged = lr.merge(model.params, adapters)
+    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+    exact = {**flatten(model.params), **_updated(case, adapters)}
+    for path, weight in flatten(merged).items():
+        assert weight.dtype == flatten(model.params)[path].dtype
+        error = np.abs(np.asarray(weight, np.float64) - np.asarray(exact[path], np.float64))
+        # In bfloat16 half a unit in the last place: the sum was made in float32 and rounded once.
+        bound = 0.501 * _ulp_bf16(exact[path]) if weight.dtype == jnp.bfloat16 else 1e-6 * np.abs(exact[path]).max()
+        assert (error <= bound).all(), path
+    wide = with_leaves(model.params, {p: jnp.asarray(w, jnp.float32) for p, w in exact.items()})
+    expected = model.run(wide, *model.args)
+    assert _difference(case.apply(model.params, adapters, *model.args), expected) <= TOLERANCE
+    _assert_same_bits(before, model.params)
+
+
+def merge_refuses_nonfinite(case: Case) -> None:
+    """Law 3: NaN or infinity names the site and leaves everything as it was."""
+    for bad in (jnp.nan, jnp.inf):
+        path = case.plan.entries[-1].site.path
+        adapters = case.moved()
+        name = next(iter(adapters.sites[path]))
+        poisoned = {**adapters.sites[path], name: adapters.sites[path][name].at[..., 0, 0].set(bad)}
+        before = jax.tree.map(lambda x: np.array(x), case.model.params)
+        with pytest.raises(ValueError, match=f"{path}: the merged weight is not finite"):
+            lr.merge(case.model.params, adapters.replace(sites={**adapters.sites, path: poisoned}))
+        _assert_same_bits(before, case.model.params)
+
+
+def trains_what_it_says(case: Case) -> None:
+    """Laws 4, 5 and 7: exactly the trainable leaves get gradients and move; everything else keeps its bits; layouts agree."""
+    params = case.model.params
+    before = jax.tree.map(lambda x: np.array(x), (params, case.adapters))
+    train, frozen = lr.partition(case.adapters)
+    trainable = {(e.site.path, n) for e in case.plan.entries for n, leaf in e.leaves.items() if leaf.trains and leaf.trains[0] == 0}
+    assert {(p, n) for p, leaves in train.items() for n in leaves if not p.startswith("shared:")} == trainable
+    if case.kind == "mixed":
+        _agrees_with_reference(case)
+    state = case.optimizer.init(train)
+    reached = jax.tree.map(lambda x: np.zeros(_layers(x), bool), train)
+    for n in range(STEPS):
+        train, state, loss, gradient = case.step(train, frozen, params, state)
+        assert np.isfinite(loss)
+        if n < 3:
+            reached = jax.tree.map(lambda r, g: r | (np.abs(np.asarray(g)).reshape(*r.shape, -1).max(-1) > 0), reached, gradient)
+    assert all(r.all() for r in jax.tree.leaves(reached)), reached
+    after = lr.join(train, frozen)
+    _assert_same_bits(before[0], params)
+    mask = lr.mask(case.adapters)
+    for trained, old, new in zip(*map(jax.tree.leaves, (mask, before[1], after)), strict=True):
+        assert (np.asarray(new) != old).any() if trained else (np.asarray(new) == old).all()
+
+
+def _agrees_with_reference(case: Case) -> None:
+    train, frozen = lr.partition(case.moved())
+    _, _, loss, gradient = case.step(train, frozen, case.model.params, case.optimizer.init(train))
+    expected_loss, own, shared = _reference(case.row, case.layout == "bf16")
+    assert abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss)
+    expected = {**case.model.lay(own), **shared}
+    assert jax.tree.structure(gradient) == jax.tree.structure(expected)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True):
+        assert np.abs(np.asarray(got) - np.asarray(want)).max() <= TOLERANCE * scale, path
+    if case.layout == "mesh":
+        assert jax.tree.map(lambda x: x.sharding, gradient) == jax.tree.map(lambda x: x.sharding, train)
+
+
+def differentiates_nothing_else(case: Case) -> None:
+    """Law 5 in the program itself: no product has the shape of a frozen weight's or leaf's gradient. ``full`` is the control."""
+    train, frozen = lr.partition(case.adapters)
+    program = jax.make_jaxpr(jax.grad(case.loss))(train, frozen, case.model.params)
+    found = gradient_shapes(program.jaxpr)
+    kernels = set()
+    for entry in case.plan.entries:
+        site = entry.site
+        local = [n for axis, n in enumerate(site.shape) if axis not in site.batch]
+        kernels |= {tuple(sorted(local)), tuple(sorted((site.n_in, site.n_out)))}
+    if not case.plan.entries[0].method.form.record.factored:
+        assert found & kernels
+        return
+    assert not found & kernels
+    shapes = lambda leaves: {tuple(sorted(x.shape)) for x in jax.tree.leaves(leaves)}  # noqa: E731
+    assert not found & (shapes(frozen.sites) - shapes(train))
+
+
+def counts_as_the_paper(case: Case) -> None:
+    """Law 6."""
+    row, plan = case.row, case.plan
+    end = row.count_end or row.count
+    layers = [(entry.site, config) for entry in plan.entries for config in _configs(entry)]
+    assert plan.trainable == row.count_shared + sum(row.count(site, config) for site, config in layers)
+    assert plan.count(9, 10) == row.count_shared + sum(end(site, config) for site, config in layers)
+    padded = any(isinstance(dict(e.method.config).get("rank"), tuple) for e in plan.entries)
+    assert padded or lr.count(case.adapters).trainable == plan.trainable
+    for entry, update in _updates(case, case.moved()):
+        flat = update.reshape(-1, *update.shape[-2:])
+        for layer, config in zip(flat, _configs(entry), strict=True):
+            assert 1 <= np.linalg.matrix_rank(layer, tol=1e-6 * np.abs(layer).max()) <= row.rank(config)
+
+
+def folds(case: Case) -> None:
+    """An anchor moved into the base changes nothing, and comes back."""
+    model, adapters = case.model, case.moved()
+    params, folded = lr.fold(model.params, adapters)
+    if all(e.method.anchor is None for e in case.plan.entries) or case.layout == "bf16":
+        return
+    assert _difference(case.apply(params, folded, *model.args), case.apply(model.params, adapters, *model.args)) <= TOLERANCE
+    back, unfolded = lr.unfold(params, folded)
+    assert unfolded.plan == adapters.plan and not unfolded.folded
+    for path, weight in flatten(back).items():
+        assert _difference(weight, flatten(model.params)[path]) <= 1e-6
+
+
+def rows_are_adapters(case: Case) -> None:
+    """Law 9, asserted both ways: what does not declare rows raises."""
+    model, each = case.model, [case.moved(seed) for seed in (0, 1)]
+    rows = jnp.array([1, -1, 0, 1])
+    if not all(e.method.form.record.rows for e in case.plan.entries):
+        with pytest.raises(UnsupportedError, match="rows|dense route"):
+            model.apply(model.params, lr.stack(each), *model.args, rows=rows)
+        return
+    alone = [case.apply(model.params, adapters, *model.args) for adapters in each]
+    alone.append(model.run(model.params, *model.args))
+    got = case.apply(model.params, lr.stack(each), *model.args, rows=rows)
+    for n, row in enumerate(rows.tolist()):
+        assert _difference(got[n], alone[row][n]) <= TOLERANCE
+    _assert_same_bits(lr.take(lr.stack(each), 1), each[1])
+
+
+def saves_and_loads(case: Case) -> None:
+    """Law 8: the same bytes twice, the same bits back, the same plan from its configuration."""
+    if case.kind != "mixed":
+        return
+    params, adapters = case.model.params, case.moved()
+    assert from_config(params, json.loads(json.dumps(case.plan.to_config()))) == case.plan
+    with tempfile.TemporaryDirectory() as directory:
+        base = checkpoint.base_reference("mixed", params)
+        where = [checkpoint.save_adapter(pathlib.Path(directory) / name, adapters, base) for name in ("one", "two")]
+        one, two = ([f.read_bytes() for f in sorted(path.iterdir())] for path in where)
+        loaded = checkpoint.load_adapter(where[0], params, base)
+    assert one == two
+    assert loaded.plan == case.plan
+    _assert_same_bits(loaded, adapters)
+
+
+def refuses_bad_input(case: Case) -> None:
+    """Law 10, the part that depends on the method."""
+    method, site = case.row.make(), case.plan.entries[0].site
+    path = site.path
+    with pytest.raises(TypeError, match=f"{method.name} has no field"):
+        lr.build(method.name, {**dict(method.config), "no_such_field": 1})
+    if "rank" in dict(method.config):
+        of_rank = lambda rank: lr.build(method.name, {**dict(method.config), "rank": rank})  # noqa: E731
+        plan_with = lambda rank: lr.plan(case.model.params, {path: of_rank(rank)}, sites=case.model.sites)  # noqa: E731
+        with pytest.raises(ValueError, match=r"rank\W*0"):
+            plan_with(0)
+        if method.allocate is not None:  # its rank is a mean over sites, each held to what fits it
+            assert all(config["rank"] <= site.max_rank for e in plan_with(99).entries for config in _configs(e))
+        else:
+            with pytest.raises(ValueError, match=f"{method.name} at {path}: rank 99 is not between 1 and {site.max_rank}"):
+                plan_with(99)
+    other = with_leaves(case.model.params, {path: jnp.zeros((2, 3))})
+    for use in (lambda: lr.init(jax.random.key(0), other, case.plan), lambda: lr.merge(other, case.adapters),
+                lambda: case.model.apply(other, case.adapters, *case.model.args)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{path} has shape \(2, 3\)"):
+            use()
+
+
+LAWS = (
+    init_is_the_base, acts_as_its_update, merge_refuses_nonfinite, trains_what_it_says, differentiates_nothing_else,
+    counts_as_the_paper, folds, rows_are_adapters, saves_and_loads, refuses_bad_input,
+)  # fmt: skip
+
+
+@functools.cache
+def _moved(row: Row, kind: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    adapters = _case(row, "linen", kind, "plain").adapters
+    random = np.random.default_rng(seed)
+
+    def move(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        return leaf + 0.3 * random.standard_normal(leaf.shape).astype(leaf.dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf
+
+    return jax.tree.map(move, adapters.sites), jax.tree.map(move, adapters.shared)
+
+
+@functools.cache
+def _reference(row: Row, rounded: bool) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """Loss and gradients of the plain Linen model; ``rounded``: with weights that bfloat16 holds exactly."""
+    case = _case(row, "linen", "mixed", "plain")
+    params = case.model.params
+    if rounded:
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    train, frozen = lr.partition(case.moved())
+    _, _, loss, gradient = case.step(train, frozen, params, case.optimizer.init(train))
+    shared = {path: leaves for path, leaves in gradient.items() if path.startswith("shared:")}
+    return float(loss), {path: leaves for path, leaves in gradient.items() if path not in shared}, shared
+
+
+@functools.cache
+def _target(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+
+
+def _updates(case: Case, adapters: lr.Adapters) -> Iterator[tuple[Any, np.ndarray]]:
+    """Every site's update by the paper's formula, in float64."""
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)  # noqa: E731
+    for entry in case.plan.entries:
+        kernel = np.asarray(entry.site.canonical(flatten(case.model.params)[entry.site.path]), np.float64)
+        shared = wide(adapters.shared.get(str(entry.method), {}))
+        yield entry, case.row.update(wide(adapters.sites[entry.site.path]), shared, kernel)
+
+
+def _updated(case: Case, adapters: lr.Adapters) -> dict[str, np.ndarray]:
+    """Every adapted weight plus its update, in its own layout."""
+    out = {}
+    for entry, update in _updates(case, adapters):
+        site = entry.site
+        order = site.batch + site.inputs + site.outputs
+        change = update.reshape([site.shape[a] for a in order]).transpose(np.argsort(order))
+        out[site.path] = np.asarray(flatten(case.model.params)[site.path], np.float64) + change
+    return out
+
+
+def _configs(entry: Any) -> list[Config]:
+    """The configuration at each layer of a site: one of a tuple of ranks."""
+    config, layers = dict(entry.method.config), int(np.prod(entry.local.batch_shape))
+    rank = config.get("rank")
+    return [{**config, "rank": rank[n] if isinstance(rank, tuple) else rank} for n in range(layers)]
+
+
+def _layers(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape[:-2]
+
+
+def _difference(actual: Any, expected: Any) -> float:
+    """Largest difference relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def _ulp_bf16(x: Any) -> np.ndarray:
+    return 2.0 ** (np.floor(np.log2(np.abs(np.asarray(x, np.float64)))) - 7)
+
+
+def _assert_same_bits(before: Any, after: Any) -> None:
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+

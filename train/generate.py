@@ -1,0 +1,75 @@
+"""Continues a prompt with an adapter: python -m train.generate --adapter=runs/x/adapter --prompt="..." [--chat]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from train import cli
+
+_ADAPTER = flags.DEFINE_string("adapter", None, "The directory of an adapter that train.finetune wrote.")
+_PROMPT = flags.DEFINE_string("prompt", None, "What to continue.")
+_CHAT = flags.DEFINE_bool("chat", None, "Use the model's chat template; by default as in training.")
+_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most to add.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_BASE = flags.DEFINE_bool("base", False, "Use the base without the adapter, for comparison.")
+
+
+def main() -> None:
+    """Writes the continuation as it comes."""
+    import lowrank_jax as lr
+    from train import saved
+
+    if not _PROMPT.value:
+        raise ValueError("--prompt is missing.")
+    config = saved.config(_ADAPTER.value)
+    if config.task != "causal_lm":
+        raise ValueError(f"{_ADAPTER.value} is for {config.task}; only a causal_lm generates text.")
+    model, adapters = saved.load_model(_ADAPTER.value, config)
+    params = model.params if _BASE.value else lr.merge(model.params, adapters)
+    chat = config.data.chat if _CHAT.value is None else _CHAT.value
+    for piece in continuation(model, params, _PROMPT.value, chat):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def continuation(model: Any, params: Any, prompt: str, chat: bool) -> Iterator[str]:
+    """Pieces of text as they are made; the flags say how.
+
+    Args:
+      model: a `train.job.Model`. params: its parameters, merged. chat: put the prompt into the model's chat template.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lowrank_jax import models
+    from train.data import encode
+
+    tokenizer = model.tokenizer
+    # Encoded as training does, with nothing to learn: what comes before the first learned token is the prompt.
+    example = encode.prompted(tokenizer, chat)([{"prompt": prompt, "completion": ""}])[0]
+    tokens = example.ids[: int(example.marks.argmax())]
+    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    made: list[int] = []
+    shown = ""
+    for token in models.stream(
+        model.module, params, jnp.asarray(tokens)[None], max_new_tokens=_TOKENS.value, eos_token_id=ends, pad_token_id=tokenizer.pad_id,
+        temperature=_TEMPERATURE.value, top_p=_TOP_P.value, key=jax.random.key(_SEED.value),
+    ):  # fmt: skip
+        made.append(int(np.asarray(token)[0]))
+        text = tokenizer.decode(made)
+        # A character of several tokens decodes to a replacement sign until its last one has come.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,88 @@
+"""What a run leaves to look at: a table on the terminal, result.json, and the curves as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from lowrank_jax.plan_table import human_bytes
+from train import metrics_log
+
+if TYPE_CHECKING:
+    from train.job import Job
+    from train.loop import Result
+
+
+def write(job: Job, result: Result) -> None:
+    """Writes ``result.json`` and ``curves.png`` into the run's directory and prints the table."""
+    from rich.console import Console
+
+    plain = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(result).items()}
+    _replace(result.workdir / "result.json", (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode())
+    picture = plot(metrics_log.read(result.workdir / "metrics.jsonl"), result.workdir / "curves.png", job.config.name)
+    Console().print(table(job, result, picture))
+
+
+def table(job: Job, result: Result, picture: pathlib.Path) -> Any:
+    """The final table, for rich."""
+    from rich.table import Table
+
+    out = Table("", "value", title=job.config.name, title_justify="left", show_header=False)
+    for split, scores in (("", result.scores), ("test ", result.test)):
+        for name, value in scores.items():
+            out.add_row(f"{split}{name}", f"{value:.4f}")
+    share = result.trainable / max(job.plan.base_count, 1)
+    out.add_row("trained parameters at the start", f"{result.trainable:,} ({share:.2%} of {job.plan.base_count:,})")
+    out.add_row("trained parameters at the end", f"{result.trainable_end:,}")
+    out.add_row(
+        "peak memory of an update", human_bytes(result.peak_bytes) if result.peak_bytes else "no update was made"
+    )
+    out.add_row("time", f"{int(result.seconds) // 60} min {int(result.seconds) % 60} s")
+    out.add_row("kept", f"step {result.step} of {result.steps}")
+    out.add_row("adapter", f"{_near(result.adapter)} ({human_bytes(result.adapter_bytes)})")
+    out.add_row("curves", str(_near(picture)))
+    return out
+
+
+def plot(rows: list[dict[str, Any]], file: pathlib.Path, title: str) -> pathlib.Path:
+    """Draws the training loss and every score of the evaluations by step, as PNG.
+
+    Args:
+      rows: of metrics.jsonl.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [
+        n for n in dict.fromkeys(name for row in rows for name in row) if n.startswith("eval/") and n != "eval/loss"
+    ]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, shown in ((left, ["train/loss", "eval/loss"]), (right, names)):
+        for name in shown:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.suptitle(title)
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    figure.savefig(temporary, dpi=120, metadata={"Software": None})
+    os.replace(temporary, file)
+    return file
+
+
+def _near(path: pathlib.Path) -> pathlib.Path:
+    return path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path
+
+
+def _replace(file: pathlib.Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
