@@ -88,7 +88,8 @@ for device in jax.devices():
 config = minilm_tweets_lamda.get_config()
 steps = 100  # of the small adapters further below
 if os.environ.get("LOWRANK_JAX_TINY"):
-    config.adapter.rank, config.steps, config.eval_every, config.checkpoint_every, steps = 4, 6, 3, 3, 3
+    config.adapter.rank, config.data.eval_limit = 4, 200
+    config.steps, config.eval_every, config.checkpoint_every, steps = 6, 3, 3, 3
 
 # %% [markdown]
 # Loading fetches the model (84 MB) and the tweets (2 MB), checks their hashes, and tokenizes the text. The result holds plain
@@ -138,8 +139,8 @@ assert difference < 1e-2 * float(jnp.abs(plain).max())
 # ## Training
 #
 # The loop logs, evaluates, and saves checkpoints under `runs/`; interrupt this cell and run it again, and it goes on where it
-# stopped. Halfway LaMDA freezes the larger of its two factors for good: the step is compiled again without its gradient, and one
-# small matrix for each weight, and the classifier, are left to train.
+# stopped. After three tenths of the steps LaMDA has frozen the larger of its two factors for good: the step is compiled again without
+# its gradient, and one small matrix for each weight, and the classifier, are left to train.
 
 # %%
 result = train.loop.train(job)
@@ -164,7 +165,7 @@ plt.show()
 # %% [markdown]
 # ## Merging
 #
-# The run saved its adapter: a few hundred kilobytes that belong to the hash of their base. Merging adds it into a copy of the
+# The run saved its adapter, which is bound to the base it was trained on by a hash of its weights. Merging adds it into a copy of the
 # parameters, which any Flax code then runs at the base's speed. The merged model answers like the adapted one.
 
 # %%

@@ -99,7 +99,8 @@ def compile_report(
         step, donate_argnums=tuple(donate), **({} if out_shardings is None else {"out_shardings": out_shardings})
     )
     compiled = jitted.lower(*args).compile()
-    m, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    m: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
     total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     # The CPU compiler leaves the peak at the temporaries'; the sum of all parts is what it holds at once.
     peak = max(getattr(m, "peak_memory_in_bytes", 0), 0)
@@ -126,14 +127,14 @@ def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.flo
         sharding = None if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
         return jax.ShapeDtypeStruct(shape, kind or dtype, sharding=sharding)
 
-    sites = {}
+    sites: dict[str, Any] = {}
     for entry in plan.entries:
         batch = () if entry.site.kind == "param" else entry.local.batch_shape
         sites[entry.site.path] = {
             name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local), leaf.dtype)
             for name, leaf in entry.leaves.items()
         }
-    shared = {
+    shared: dict[str, Any] = {
         group: {name: make(leaf.shape, None, leaf.dtype) for name, leaf in leaves.items()}
         for group, leaves in plan.shared_leaves.items()
     }

@@ -42,6 +42,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_runs(script: pathlib.Path, cache: pathlib.Path, tmp_path: pathlib.Path) -> None:
     environment = os.environ | {

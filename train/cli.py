@@ -21,7 +21,7 @@ _EXPECTED = (
     KeyError,
     RuntimeError,
 )
-_OURS = ("lowrank_jax", "train", "configs")
+_OURS = ("lowrank_jax", "train", "configs", "__main__")
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -54,10 +54,11 @@ def config(holder: flags.FlagHolder[Any]) -> Any:
     """
     try:
         value = holder.value
+        if value is None:
+            raise ValueError("--config is missing, for example --config=configs/minilm_tweets_lamda.py")
+        value["name"]  # a file that could not be loaded raises when a field is first read
     except OSError as error:
-        raise FileNotFoundError(f"--config: {' '.join(str(error.__cause__ or error).split())}") from error
-    if value is None:
-        raise ValueError("--config is missing, for example --config=configs/minilm_tweets_lamda.py")
+        raise FileNotFoundError(f"--config: {' '.join(str(error).split())}") from error
     return value
 
 
@@ -74,7 +75,13 @@ def _parse(argv: list[str]) -> list[str]:
         _exit(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections raises these for a field that does not exist or a value of another type, and quotes them twice.
-        text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        text = (
+            str(error.args[0] if error.args else error)
+            .replace("\\n", " ")
+            .replace("\\'", "'")
+            .removeprefix("'")
+            .replace("' Did you mean", ": did you mean")
+        )
         _exit(f"{' '.join(text.split())} (in {' '.join(a for a in argv[1:] if a.startswith('--config'))})")
     raise AssertionError
 

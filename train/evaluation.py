@@ -89,6 +89,7 @@ def exact_match(job: Job, params: Any, adapters: lr.Adapters | None, loader: Loa
     ends = () if job.tokenizer.eos_id is None else (job.tokenizer.eos_id,)
     examples = sorted(_examples(loader, limit), key=lambda example: len(example[0]))
     size, right = loader.batch_size, 0
+    model: Any = job.model
     for begin in range(0, len(examples), size):
         chosen = examples[begin : begin + size]
         width = max(len(prompt) for prompt, _ in chosen)
@@ -96,7 +97,7 @@ def exact_match(job: Job, params: Any, adapters: lr.Adapters | None, loader: Loa
         mask[:, -1] = True  # rows that only fill up the batch still need one token
         for i, (prompt, _) in enumerate(chosen):
             tokens[i, width - len(prompt) :], mask[i, width - len(prompt) :] = prompt, True
-        out = models.generate(job.model, merged, jnp.asarray(tokens), attention_mask=jnp.asarray(mask),
+        out = models.generate(model, merged, jnp.asarray(tokens), attention_mask=jnp.asarray(mask),
                               max_new_tokens=job.config.max_new_tokens, eos_token_id=ends, pad_token_id=job.tokenizer.pad_id)  # fmt: skip
         for made, (_, wanted) in zip(np.asarray(out)[:, width:], chosen, strict=False):
             right += scores.answer(job.tokenizer.decode(made)) == scores.answer(job.tokenizer.decode(wanted))

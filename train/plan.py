@@ -26,22 +26,14 @@ def main() -> None:
 
     config = cli.config(_CONFIG)
     configs.check(config)
-    mesh = preview.mesh(config, _TOPOLOGY.value) if _TOPOLOGY.value else None
+    topology = _TOPOLOGY.value
+    mesh = preview.mesh(config, topology) if topology else None
     model = preview.abstract_model(config, _LABELS.value, mesh)
     plan = preview.make_plan(config, model)
     print(plan)
-    if mesh is not None:
-        print(
-            preview.table(
-                config,
-                model,
-                plan,
-                mesh,
-                config.steps or _STEPS.value,
-                _LENGTH.value or config.data.max_length,
-                _TOPOLOGY.value,
-            )
-        )
+    if topology and mesh is not None:
+        total, length = config.steps or _STEPS.value, _LENGTH.value or config.data.max_length
+        print(preview.table(config, model, plan, mesh, total, length, topology))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def report(
     adapters = memory.abstract_adapters(plan, mesh).replace(folded=config.fold)  # type: ignore[attr-defined]
     train, frozen = lr.partition(adapters, step, total)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
+    scalar: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
     state = State(train, _beside(jax.eval_shape(tx.init, train), train, everywhere), scalar(jnp.int32), scalar(jnp.bool_),
                   scalar(jnp.float32), scalar(jnp.float32))  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

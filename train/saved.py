@@ -26,17 +26,17 @@ def config(directory: str | None) -> ml_collections.ConfigDict:
     return configs.from_json(extra["config"])
 
 
-def load(directory: str, config: ml_collections.ConfigDict) -> tuple[jobs.Job, lr.Adapters]:
+def load(directory: str | None, config: ml_collections.ConfigDict) -> tuple[jobs.Job, lr.Adapters]:
     """The run's parts without its training data, and the adapter on the (unfolded) base.
 
     Raises:
       CheckpointError: the base has changed since the adapter was trained, or the adapter is damaged.
     """
     job = jobs.load(config, training=False)
-    return job, load_adapter(directory, job.params, job.base)
+    return job, load_adapter(directory or "", job.params, job.base)
 
 
-def load_model(directory: str, config: ml_collections.ConfigDict) -> tuple[jobs.Model, lr.Adapters]:
+def load_model(directory: str | None, config: ml_collections.ConfigDict) -> tuple[jobs.Model, lr.Adapters]:
     """As `load` for a causal_lm, without any data."""
     model = jobs.load_model(config)
-    return model, load_adapter(directory, model.params, model.base)
+    return model, load_adapter(directory or "", model.params, model.base)

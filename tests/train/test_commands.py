@@ -78,6 +78,11 @@ def test_merge_writes_what_our_loader_and_orbax_read(language, tmp_path):
             ["train.finetune", "--config=configs/minilm_tweets_lora.py", "--config.adapter.method=lorra"],
             "Unknown method 'lorra'",
         ),
+        (["train.finetune", "--config=configs/nothere.py"], "configs/nothere.py"),
+        (
+            ["train.plan", "--config=configs/minilm_tweets_lora.py", "--config.model.source=nosuch"],
+            "config.model.source='nosuch'",
+        ),
         (["train.evaluate", "--adapter=/nowhere"], "/nowhere/adapter.json: no such file"),
     ],
 )

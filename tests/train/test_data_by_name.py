@@ -105,7 +105,7 @@ def test_labels_are_those_of_the_builder(name: str) -> None:
     source = SOURCES[name]
     assert source.published is not None
     builder = published.make_builder(source.published)
-    label = builder.info.features.get("label") if source.labels else None
+    label = builder.info.features["label"] if source.labels else None
     assert tuple(getattr(label, "names", ())) == source.labels
 
 

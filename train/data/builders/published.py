@@ -51,7 +51,9 @@ def fetch(published: Published, split: str, labels: tuple[str, ...]) -> tuple[Vi
     names = tuple(getattr(builder.info.features["label"], "names", ())) if labels else ()
     if names != labels:
         raise DataError(f"tensorflow-datasets numbers its labels {', '.join(names)}; expected {', '.join(labels)}.")
-    if not builder.is_prepared():
+    with quiet():
+        prepared = builder.is_prepared()
+    if not prepared:
         _download(published, builder)
     examples = builder.as_data_source(split=published.splits[split])
     return View(examples, published.record), builder.info.full_name

@@ -1,0 +1,151 @@
+"""Forms: applying is multiplying by the weight plus the delta, read both ways; zero factors change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lowrank_jax as lr
+from lowrank_jax.forms import Bottleneck, Call, Chain, Dense, Leaf, LowRank, Sparse, Tucker, UnsupportedError, apply_rows, leaf_spec
+
+N_IN, N_OUT, RANK = 6, 8, 3
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed + sum(shape)).standard_normal(shape), jnp.float32)
+
+
+A, B = random(N_IN, RANK), random(RANK, N_OUT)
+LOW = LowRank(A, B, scale=0.5)
+FORMS = {
+    "low rank": LOW,
+    "low rank vector": LowRank(A, B, random(RANK), scale=0.5),
+    "low rank matrix": LowRank(A, B, random(RANK, RANK), scale=0.5),
+    "tucker": Tucker(random(2, 2, 3), (random(2, 2), random(3, 2)), random(N_OUT, 3), scale=0.5),
+    "sparse": Sparse(jnp.array([0, 7, 7, 47]), random(4), shape=(N_IN, N_OUT)),
+    "bottleneck": Bottleneck(A, B, scale=0.5),
+    "bottleneck sequential": Bottleneck(random(N_OUT, RANK), B, scale=0.5, sequential=True),
+    "dense": Dense(random(N_IN, N_OUT)),
+    "chain": Chain((LOW, Sparse(jnp.array([5]), random(1), shape=(N_IN, N_OUT)))),
+}
+X, KERNEL, BIAS = random(2, 5, N_IN, seed=3), random(N_IN, N_OUT, seed=4), random(N_OUT, seed=5)
+
+
+def dense_call(x, kernel, bias=0):
+    return Call("dense", x, x @ kernel + bias, kernel, jnp.matmul)
+
+
+def numpy_delta(name, form):
+    """The update by its formula, in float64."""
+    f = jax.tree.map(lambda x: np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x), form)
+    kernel = np.asarray(KERNEL, np.float64)
+    if name.startswith("low rank"):
+        mid = np.eye(RANK) if f.mid is None else np.diag(f.mid) if f.mid.ndim == 1 else f.mid
+        return 0.5 * f.a @ mid @ f.b
+    if name == "tucker":
+        return 0.5 * np.einsum("abz,ia,jb,oz->ijo", f.core, *f.inputs, f.output).reshape(N_IN, N_OUT)
+    if name == "sparse":
+        out = np.zeros(N_IN * N_OUT)
+        np.add.at(out, f.indices, f.values)
+        return out.reshape(N_IN, N_OUT)
+    if name.startswith("bottleneck"):
+        update = 0.5 * f.down @ f.up
+        return kernel @ update if f.sequential else update
+    if name == "dense":
+        return f.weight - kernel
+    return sum(numpy_delta(part, one) for part, one in zip(("low rank", "sparse"), form.forms, strict=True))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_applying_is_the_weight_plus_the_delta(name):
+    form, delta = FORMS[name], numpy_delta(name, FORMS[name])
+    np.testing.assert_allclose(form.delta(KERNEL), delta, atol=1e-5)
+    bias_delta = getattr(form, "delta_bias", lambda bias: None)(BIAS)
+    bias = BIAS if bias_delta is None else BIAS + bias_delta
+    expected = np.asarray(X, np.float64) @ (np.asarray(KERNEL, np.float64) + delta) + np.asarray(bias)
+    np.testing.assert_allclose(form.apply(dense_call(X, KERNEL, BIAS)), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMS.items() if "embed" in f.record.kinds])
+def test_embeddings_read_both_ways(name):
+    form, ids = FORMS[name], jnp.array([[0, 5, 2], [2, 2, 1]])
+    table = np.asarray(KERNEL + form.delta(KERNEL))
+    call = Call("embed", ids, KERNEL[ids], KERNEL, lambda ids, w: jnp.take(w, ids, axis=0))
+    np.testing.assert_allclose(form.apply(call), table[ids], atol=1e-5)
+    query = random(2, 5, N_OUT, seed=6)
+    np.testing.assert_allclose(form.transpose().apply(dense_call(query, KERNEL.T)), query @ table.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMS.items() if "conv" in f.record.kinds])
+def test_convolutions(name):
+    """A window of 2 over 3 channels, written out as a matmul on patches."""
+    form, x = FORMS[name], random(2, 7, 3, seed=8)
+    patches = lambda x: jnp.concatenate([x[:, :-1], x[:, 1:]], -1)  # noqa: E731
+    call = Call("conv", x, patches(x) @ KERNEL, KERNEL, lambda x, w: patches(x) @ w)
+    np.testing.assert_allclose(form.apply(call), patches(x) @ (KERNEL + form.delta(KERNEL)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_zero_factors_change_nothing(name):
+    if name == "dense":
+        assert not Dense(KERNEL).delta(KERNEL).any()
+        return
+    zero = jax.tree.map(jnp.zeros_like, FORMS[name])
+    call = dense_call(X, KERNEL)
+    assert (zero.apply(call) == call.y).all() and not zero.delta(KERNEL).any()
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMS.items() if f.record.low_rank])
+def test_low_rank_forms_convert_exactly(name):
+    form = FORMS[name].as_low_rank()
+    assert isinstance(form, LowRank)
+    np.testing.assert_allclose(form.delta(KERNEL), numpy_delta(name, FORMS[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_are_what_the_record_says(name):
+    form = FORMS[name]
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x if jnp.issubdtype(x.dtype, jnp.integer) else 2 * x]), form)
+    call, rows = dense_call(X, KERNEL), jnp.array([1, -1])
+    if not form.record.rows:
+        with pytest.raises(UnsupportedError, match="cannot apply a different adapter to each row"):
+            apply_rows(stacked, rows, call)
+        return
+    got = apply_rows(stacked, rows, call)
+    second = jax.tree.map(lambda x: x[1], stacked)
+    np.testing.assert_allclose(got[0], second.apply(dense_call(X[0], KERNEL)), atol=1e-4)
+    assert (got[1] == call.y[1]).all()
+    with pytest.raises(ValueError, match="rows has 3 entries but the batch at this site has 2"):
+        apply_rows(stacked, jnp.array([0, 1, 0]), call)
+
+
+@pytest.mark.parametrize("name", ["low rank", "low rank vector", "low rank matrix", "tucker", "sparse", "bottleneck", "bottleneck sequential"])
+def test_batch_axes_are_one_by_one(name):
+    form = FORMS[name]
+    two = [form, jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else -2 * x, form)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *two)
+    kernels = jnp.stack([KERNEL, 2 * KERNEL])
+    for n, one in enumerate(two):
+        np.testing.assert_allclose(stacked.delta(kernels)[n], one.delta(kernels[n]), atol=1e-4)
+    batched = Call("dense", X, jax.vmap(jnp.matmul)(X, kernels), kernels, jax.vmap(jnp.matmul))
+    if name.startswith("bottleneck") or name == "sparse" or name.startswith("low rank") or name == "tucker":
+        for n, one in enumerate(two):
+            np.testing.assert_allclose(stacked.apply(batched)[n], one.apply(dense_call(X[n], kernels[n])), atol=1e-4)
+
+
+def test_a_nonlinear_bottleneck_has_no_delta():
+    form = Bottleneck(A, B, activation="gelu")
+    expected = X @ KERNEL + jax.nn.gelu(X @ A) @ B
+    np.testing.assert_allclose(form.apply(dense_call(X, KERNEL)), expected, atol=1e-4)
+    with pytest.raises(UnsupportedError, match="'gelu' is not a linear update"):
+        form.delta(KERNEL)
+
+
+def test_leaves_shard_like_their_kernels():
+    site = lr.Site("w", "dense", (2, 8, 4, 4), "float32", (0,), (1,), (2, 3), (0,), True, P(None, "fsdp", "tensor", None))
+    a, b = Leaf((8, 3), ("in", "rank")), Leaf((3, 16), ("rank", "out"))
+    assert leaf_spec(a, site) == P(None, "fsdp", None) and leaf_spec(b, site) == P(None, None, "tensor")
+    later = lr.Site("w", "dense", (2, 8, 4, 4), "float32", (0,), (1,), (2, 3), (0,), True, P("data", None, None, "tensor"))
+    assert leaf_spec(b, later) == P("data", None, None)
+    assert leaf_spec(a, lr.Site("w", "dense", (8, 4), "float32", (), (0,), (1,))) is None
