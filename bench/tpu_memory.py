@@ -1,7 +1,7 @@
 """Memory by the TPU compiler, without a TPU: who fits where.
 
     pip install -e '.[topology]'
-    python -m bench.tpu_memory                # about twenty minutes on two cores; --quick for one row of each
+    python -m bench.tpu_memory                # about twenty minutes on two cores
 
 Compiles whole training steps (forward, backward, optimizer update; bfloat16 weights and compute, float32 adapters and AdamW
 state, batch 4 x 512) for one chip and reads the compiler's own account. Two models: Llama-2-7B shapes with adapters on all linear
@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lowrank_jax as lr
 from bench.common import table, write_json
 from lowrank_jax import models
-from lowrank_jax.memory import abstract_adapters, compile_report, topology_mesh
+from lowrank_jax.memory import DoesNotFitError, abstract_adapters, compile_report, topology_mesh
 
 LLAMA = r".*/(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 BERT = r".*/(query|key|value|attention/output|mlp/intermediate|mlp/output)"
@@ -86,37 +86,49 @@ def measure(family: str, remat: str, name: str, topology: str) -> dict[str, Any]
     # Full fine-tuning trains the weights themselves: the base it starts from is not kept beside them on the chip.
     chip = NamedSharding(topology_mesh(topology, {"chip": 1}), PartitionSpec())
     args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), args)
-    report = compile_report(run, args, donate=(0, 1))
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    return {
-        "model": family, "remat": remat, "method": name, "trainable": plan.count(step, 100), "base_gib": base / 2**30,
-        "peak_gib": report.peak / 2**30, "temp_gib": report.temp / 2**30, "rest_gib": (report.peak - base) / 2**30,
-        "tflops": report.flops / 1e12,
+    row = {
+        "model": family, "remat": remat, "method": name, "topology": topology, "trainable": plan.count(step, 100),
+        "base_gib": base / 2**30, "peak_gib": None, "rest_gib": None,
     }  # fmt: skip
+    try:
+        report = compile_report(run, args, donate=(0, 1))
+    except DoesNotFitError as error:
+        return row | {"refused": str(error)}
+    return row | {
+        "peak_gib": report.peak / 2**30,
+        "rest_gib": (report.peak - base) / 2**30,
+        "temp_gib": report.temp / 2**30,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5p:2x2x1", help="chips to compile for; one of them is used")
-    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    remats = {"llama2-7b": ("none", "dots", "full"), "bert-large": ("none",)}
+    cells = [("bert-large", "none", name, options.topology) for name in METHODS]
+    cells += [("llama2-7b", remat, name, options.topology) for remat in ("full", "none", "dots") for name in METHODS]
+    cells += [("llama2-7b", "full", name, "v5e:2x2") for name in list(METHODS)[1:]]
     rows = []
-    for family, policies in remats.items():
-        for remat in policies[-1:] if options.quick else policies:
-            for name in METHODS:
-                rows.append(measure(family, remat, name, options.topology))
-                print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    for cell in cells:
+        rows.append(measure(*cell))
+        print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        write_json("tpu_memory", {"batch": [4, 512], "rows": rows})
+    show = lambda value: "does not fit" if value is None else f"{value:.2f}"  # noqa: E731
     shown = [
-        (r["model"], r["remat"], r["method"], f"{r['trainable']:,}", f"{r['peak_gib']:.2f}", f"{r['rest_gib']:.2f}")
+        (
+            r["model"],
+            r["topology"],
+            r["remat"],
+            r["method"],
+            f"{r['trainable']:,}",
+            show(r["peak_gib"]),
+            show(r["rest_gib"]),
+        )
         for r in rows
     ]
-    table(
-        ("model", "remat", "method", "trainable", "peak GiB", "beyond base weights GiB"),
-        shown,
-        f"One chip of {options.topology}",
-    )
-    write_json("tpu_memory", {"topology": options.topology, "batch": [4, 512], "rows": rows})
+    columns = ("model", "chip", "remat", "method", "trainable", "peak GiB", "beyond base weights GiB")
+    table(columns, shown, "One chip, batch 4 x 512")
 
 
 if __name__ == "__main__":

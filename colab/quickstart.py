@@ -98,7 +98,9 @@ if os.environ.get("LOWRANK_JAX_TINY"):
 # %%
 job = train.job.load(config)
 model, params, tokenizer = job.model, job.params, job.tokenizer
-print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {job.train.num_examples:,} tweets, labels {job.train.label_names}")
+print(
+    f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {job.train.num_examples:,} tweets, labels {job.train.label_names}"
+)
 
 # %% [markdown]
 # The plan is the table of what is adapted, how, and what it costs. It came from two rules of the configuration, each a regular
@@ -185,7 +187,9 @@ for text, answer in zip(texts, logits.argmax(-1), strict=True):
 
 # %%
 name = "sentence-transformers/all-MiniLM-L6-v2"
-exported = peft.save(trained, "tweets-lamda", architecture=job.model_config, base_model_name_or_path=name, overwrite=True)
+exported = peft.save(
+    trained, "tweets-lamda", architecture=job.model_config, base_model_name_or_path=name, overwrite=True
+)
 for file in sorted(exported.iterdir()):
     print(f"{file.name:30s} {file.stat().st_size:10,} bytes")
 settings = json.loads((exported / "adapter_config.json").read_text())
@@ -201,7 +205,9 @@ print({field: settings[field] for field in ("peft_type", "r", "lora_alpha", "mod
 # This is the whole of a training loop with the library: `partition` gives the tree to differentiate, `join` puts it back together.
 
 # %%
-plan = lr.plan(merged, {r"encoder/.*/(query|value|output)": lr.lora(rank=4)}, sites=lr.linen.sites(model, merged, tokens))
+plan = lr.plan(
+    merged, {r"encoder/.*/(query|value|output)": lr.lora(rank=4)}, sites=lr.linen.sites(model, merged, tokens)
+)
 optimizer = lr.optim.with_methods(optax.adamw(2e-3), plan, steps)
 
 
@@ -212,7 +218,9 @@ def fit(seed, relabel):
     state = optimizer.init(trainable)
 
     def loss_of(trainable, batch):
-        logits = lr.linen.apply(model, merged, lr.join(trainable, frozen), batch["tokens"], attention_mask=batch["mask"])
+        logits = lr.linen.apply(
+            model, merged, lr.join(trainable, frozen), batch["tokens"], attention_mask=batch["mask"]
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, relabel[batch["label"]]).mean()
 
     @jax.jit

@@ -1,6 +1,6 @@
-"""LaMDA on RoBERTa-base and a GLUE task; needs the network for the model and the task's files.
+"""LaMDA on RoBERTa-base and a GLUE task; needs the network for the model and, without --config.data.directory, for the task.
 
-python -m train.finetune --config=configs/glue_roberta_lamda.py:sst2 --config.data.directory=/where/the/files/are
+python -m train.finetune --config=configs/glue_roberta_lamda.py:sst2
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ LINEAR = r"layers/.*_proj"
 
 
 def experiment(data: str, method: str, learning_rate: float, **fields: Any) -> ml_collections.ConfigDict:
-    """One method on one data set, whose files the user has: --config.data.directory=...
+    """One method on one data set, from a directory of the user (--config.data.directory=...) or fetched by name.
 
     Args:
       data: 'gsm8k' or 'e2e'. learning_rate: of the adapter. fields: of the method.

@@ -1,6 +1,8 @@
 """LaMDA on SmolLM2-135M-Instruct and GSM8K (train.jsonl and test.jsonl of grade-school-math).
 
-python -m train.finetune --config=configs/smollm2_gsm8k_lamda.py --config.data.directory=/where/the/files/are
+python -m train.finetune --config=configs/smollm2_gsm8k_lamda.py --config.data.directory=gsm8k/
+
+Without a directory the data set is fetched by name.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ class TopologyError(ValueError):
     """A TPU topology that does not exist, or no TPU compiler to ask."""
 
 
+class DoesNotFitError(ValueError):
+    """The compiler refused a program because it needs more memory than the device has."""
+
+
 @dataclass(frozen=True)
 class CompileReport:
     """What the compiler says of one program, for one device.
@@ -89,6 +93,9 @@ def compile_report(
         answers, without any the one of this machine. donate: arguments whose buffers the results may take.
       out_shardings: as for `jax.jit`.
 
+    Raises:
+      DoesNotFitError: the program needs more memory than the device has; says how much.
+
     Example:
       >>> x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
       >>> report = compile_report(lambda x: x @ x, [x])
@@ -98,7 +105,16 @@ def compile_report(
     jitted = jax.jit(
         step, donate_argnums=tuple(donate), **({} if out_shardings is None else {"out_shardings": out_shardings})
     )
-    compiled = jitted.lower(*args).compile()
+    lowered = jitted.lower(*args)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(
+            f"The step does not fit a device's memory: {str(error).splitlines()[0][:200]} Use a fuller remat policy, a smaller batch, or "
+            "a mesh with more chips."
+        ) from error
     m: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
     total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes

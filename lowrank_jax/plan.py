@@ -220,7 +220,8 @@ def plan(
         if not entry.site.factored and entry.method.form.record.factored and not allow_dense:
             raise ValueError(
                 f"{entry.site.path} is not a weight of a module that can be intercepted, so {entry.method.name} would add a dense "
-                "update to it. Register its module (lowrank_jax.linen.register, lowrank_jax.nnx.register), exclude it, or pass allow_dense=True."
+                "update to it. Register its module (lowrank_jax.linen.register, lowrank_jax.nnx.register), exclude it, or pass "
+                "allow_dense=True."
             )
         _ = entry.leaves  # raises here, naming the site, if the method does not fit
     if not entries:

@@ -1,8 +1,8 @@
 """The laws every method obeys, on every kind of site, through both bridges, in every layout.
 
-A new method is one row of `METHODS`: how it is made, its parameter count and its update as the paper writes them. `cases` gives the
-matrix, `check` runs all laws on one case; several laws share each compile. Numbers are compared with float64 numpy where the
-paper's formula gives them, and with the plain Linen model where a layout or a bridge must not matter.
+A new method is one row of the table in `conformance_methods`. `cases` gives the matrix, `check` runs all laws on one case; several laws
+share each compile. Numbers are compared with float64 numpy where the paper's formula gives them, and with the plain Linen
+model where a layout or a bridge must not matter.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,87 +21,17 @@ import numpy as np
 import optax
 import pytest
 from conformance_jaxpr import gradient_shapes
+from conformance_methods import METHODS, Config, Row
 from conformance_models import BRIDGES, KINDS, LAYOUTS, Model, build
 
 import lowrank_jax as lr
 from lowrank_jax import checkpoint
 from lowrank_jax.forms import UnsupportedError
-from lowrank_jax.methods.base import Method
 from lowrank_jax.plan import from_config
 from lowrank_jax.sites import flatten, with_leaves
 
-Config = Mapping[str, Any]
-Leaves = Mapping[str, Any]
 TOLERANCE = 1e-5
 STEPS = 4
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the suite has to know of a method.
-
-    Attributes:
-      name: of the row. make: the method; take alpha != rank, so that a scale applied twice or never shows.
-      count: ``(site, config) ->`` parameters trained at the start at one layer of a site; ``config`` is the site's own method's.
-      update: ``(leaves, shared, kernel) ->`` the update ``[*batch, n_in, n_out]`` in float64 numpy, as the paper writes it.
-      rank: ``config ->`` bound on the rank of the update.
-      count_end: like ``count`` for the end of a run; None: the same.
-      count_shared: parameters trained in leaves common to all sites.
-      init_tolerance: how far the output at init may be from the base's, relative; 0: not at all.
-      everywhere: run every layout through both bridges; of the others each layout runs through one.
-    """
-
-    name: str
-    make: Callable[[], Method]
-    count: Callable[[lr.Site, Config], int]
-    update: Callable[[Leaves, Leaves, np.ndarray], np.ndarray]
-    rank: Callable[[Config], int]
-    count_end: Callable[[lr.Site, Config], int] | None = None
-    count_shared: int = 0
-    init_tolerance: float = 0.0
-    everywhere: bool = False
-
-
-def _lora_count(site: lr.Site, config: Config) -> int:
-    return config["rank"] * (site.n_in + site.n_out)
-
-
-def _lamda_count(site: lr.Site, config: Config) -> int:
-    return config["rank"] ** 2 + config["rank"] * site.n_out
-
-
-def _core_count(site: lr.Site, config: Config) -> int:
-    return config["rank"] ** 2
-
-
-def _rank(config: Config) -> int:
-    return config["rank"]
-
-
-def _lamda_row(name: str, make: Callable[[], Method], scale: float, everywhere: bool = False) -> Row:
-    def update(p: Leaves, shared: Leaves, kernel: np.ndarray) -> np.ndarray:
-        anchor = p["m0"] @ p["b0"] if "m0" in p else 0
-        return scale * p["a"] @ (p["m"] @ p["b"] - anchor)
-
-    return Row(name, make, _lamda_count, update, _rank, count_end=_core_count, everywhere=everywhere)
-
-
-_PARTS = (("lora", (("rank", 1),)), ("lora", (("rank", 2), ("alpha", 6.0))))
-METHODS = [
-    Row("lora", lambda: lr.lora(rank=3, alpha=6), _lora_count, lambda p, g, w: 2 * p["a"] @ p["b"], _rank,
-        everywhere=True),
-    _lamda_row("lamda", lambda: lr.lamda(rank=3, alpha=6, freeze=0.8), scale=2, everywhere=True),
-    _lamda_row("lamda_svd_zero", lambda: lr.lamda(rank=3, alpha=6, freeze=0.8, init="svd_zero"), scale=2),
-    _lamda_row("lamda_official", lambda: lr.lamda(rank=3, alpha=6, freeze=0.8, init="official_code"), scale=2),
-    _lamda_row("lamda_pp", lambda: lr.lamda_pp(rank=3, freeze=0.8), scale=1),
-    Row("pissa", lambda: lr.pissa(rank=3, alpha=6), _lora_count, lambda p, g, w: 2 * (p["a"] @ p["b"] - p["a0"] @ p["b0"]),
-        lambda c: 2 * c["rank"], init_tolerance=1e-5),
-    Row("lora_xs", lambda: lr.lora_xs(rank=3, alpha=6), _core_count, lambda p, g, w: 2 * p["a"] @ p["m"] @ p["b"], _rank,
-        init_tolerance=1e-3),
-    Row("full", lr.full, lambda s, c: s.n_in * s.n_out, lambda p, g, w: p["weight"] - w, lambda c: 10**9),
-    Row("chain", lambda: lr.build("chain", {"parts": _PARTS}), lambda s, c: 3 * (s.n_in + s.n_out),
-        lambda p, g, w: p["0.a"] @ p["0.b"] + 3 * p["1.a"] @ p["1.b"], lambda c: 3),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,15 +93,12 @@ _case = functools.cache(Case)
 
 
 def cases(rows: Sequence[Row] = tuple(METHODS)) -> Iterator[Case]:
-    """Every method on every kind of site through both bridges, and in every layout: through both bridges where a row says
-    ``everywhere``, else through one in turn."""
+    """Every method on every kind of site and in every layout: through both bridges where a row says ``everywhere``, else in turn."""
+    matrix = [(kind, "plain") for kind in KINDS] + [("mixed", layout) for layout in LAYOUTS]
     for number, row in enumerate(rows):
-        for bridge in BRIDGES:
-            for kind in KINDS:
-                yield _case(row, bridge, kind, "plain")
-        for n, layout in enumerate(LAYOUTS):
+        for n, (kind, layout) in enumerate(matrix):
             for bridge in BRIDGES if row.everywhere else [BRIDGES[(n + number) % 2]]:
-                yield _case(row, bridge, "mixed", layout)
+                yield _case(row, bridge, kind, layout)
 
 
 def check(case: Case) -> None:
@@ -204,6 +131,8 @@ def acts_as_its_update(case: Case) -> None:
         # In bfloat16 half a unit in the last place: the sum was made in float32 and rounded once.
         bound = 0.501 * _ulp_bf16(exact[path]) if weight.dtype == jnp.bfloat16 else 1e-6 * np.abs(exact[path]).max()
         assert (error <= bound).all(), path
+    if not _factored(case):  # the update is in the weight itself, and so rounded as the weight is stored
+        exact = {p: jnp.asarray(w, flatten(model.params)[p].dtype) for p, w in exact.items()}
     wide = with_leaves(model.params, {p: jnp.asarray(w, jnp.float32) for p, w in exact.items()})
     expected = model.run(wide, *model.args)
     assert _difference(case.apply(model.params, adapters, *model.args), expected) <= TOLERANCE
@@ -228,7 +157,12 @@ def trains_what_it_says(case: Case) -> None:
     params = case.model.params
     before = jax.tree.map(lambda x: np.array(x), (params, case.adapters))
     train, frozen = lr.partition(case.adapters)
-    trainable = {(e.site.path, n) for e in case.plan.entries for n, leaf in e.leaves.items() if leaf.trains and leaf.trains[0] == 0}
+    trainable = {
+        (e.site.path, n)
+        for e in case.plan.entries
+        for n, leaf in e.leaves.items()
+        if leaf.trains and leaf.trains[0] == 0
+    }
     assert {(p, n) for p, leaves in train.items() for n in leaves if not p.startswith("shared:")} == trainable
     if case.kind == "mixed":
         _agrees_with_reference(case)
@@ -238,7 +172,9 @@ def trains_what_it_says(case: Case) -> None:
         train, state, loss, gradient = case.step(train, frozen, params, state)
         assert np.isfinite(loss)
         if n < 3:
-            reached = jax.tree.map(lambda r, g: r | (np.abs(np.asarray(g)).reshape(*r.shape, -1).max(-1) > 0), reached, gradient)
+            reached = jax.tree.map(
+                lambda r, g: r | (np.abs(np.asarray(g)).reshape(*r.shape, -1).max(-1) > 0), reached, gradient
+            )
     assert all(r.all() for r in jax.tree.leaves(reached)), reached
     after = lr.join(train, frozen)
     _assert_same_bits(before[0], params)
@@ -251,12 +187,14 @@ def _agrees_with_reference(case: Case) -> None:
     train, frozen = lr.partition(case.moved())
     _, _, loss, gradient = case.step(train, frozen, case.model.params, case.optimizer.init(train))
     expected_loss, own, shared = _reference(case.row, case.layout == "bf16")
-    assert abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss)
+    # The dense route rounds its weight to the stored dtype, and the gradient on its way back.
+    tolerance = TOLERANCE if _factored(case) or case.layout != "bf16" else 2.0**-7
+    assert abs(loss - expected_loss) <= tolerance * abs(expected_loss)
     expected = {**case.model.lay(own), **shared}
     assert jax.tree.structure(gradient) == jax.tree.structure(expected)
     scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True):
-        assert np.abs(np.asarray(got) - np.asarray(want)).max() <= TOLERANCE * scale, path
+        assert np.abs(np.asarray(got) - np.asarray(want)).max() <= tolerance * scale, path
     if case.layout == "mesh":
         assert jax.tree.map(lambda x: x.sharding, gradient) == jax.tree.map(lambda x: x.sharding, train)
 
@@ -271,12 +209,11 @@ def differentiates_nothing_else(case: Case) -> None:
         site = entry.site
         local = [n for axis, n in enumerate(site.shape) if axis not in site.batch]
         kernels |= {tuple(sorted(local)), tuple(sorted((site.n_in, site.n_out)))}
-    if not case.plan.entries[0].method.form.record.factored:
+    if not _factored(case):
         assert found & kernels
         return
-    assert not found & kernels
     shapes = lambda leaves: {tuple(sorted(x.shape)) for x in jax.tree.leaves(leaves)}  # noqa: E731
-    assert not found & (shapes(frozen.sites) - shapes(train))
+    assert not found & ((kernels | shapes(frozen.sites)) - shapes(train))
 
 
 def counts_as_the_paper(case: Case) -> None:
@@ -300,7 +237,10 @@ def folds(case: Case) -> None:
     params, folded = lr.fold(model.params, adapters)
     if all(e.method.anchor is None for e in case.plan.entries) or case.layout == "bf16":
         return
-    assert _difference(case.apply(params, folded, *model.args), case.apply(model.params, adapters, *model.args)) <= TOLERANCE
+    assert (
+        _difference(case.apply(params, folded, *model.args), case.apply(model.params, adapters, *model.args))
+        <= TOLERANCE
+    )
     back, unfolded = lr.unfold(params, folded)
     assert unfolded.plan == adapters.plan and not unfolded.folded
     for path, weight in flatten(back).items():
@@ -353,7 +293,9 @@ def refuses_bad_input(case: Case) -> None:
         if method.allocate is not None:  # its rank is a mean over sites, each held to what fits it
             assert all(config["rank"] <= site.max_rank for e in plan_with(99).entries for config in _configs(e))
         else:
-            with pytest.raises(ValueError, match=f"{method.name} at {path}: rank 99 is not between 1 and {site.max_rank}"):
+            with pytest.raises(
+                ValueError, match=f"{method.name} at {path}: rank 99 is not between 1 and {site.max_rank}"
+            ):
                 plan_with(99)
     other = with_leaves(case.model.params, {path: jnp.zeros((2, 3))})
     for use in (lambda: lr.init(jax.random.key(0), other, case.plan), lambda: lr.merge(other, case.adapters),
@@ -375,7 +317,11 @@ def _moved(row: Row, kind: str, seed: int) -> tuple[dict[str, Any], dict[str, An
 
     def move(leaf: Any) -> np.ndarray:
         leaf = np.asarray(leaf)
-        return leaf + 0.3 * random.standard_normal(leaf.shape).astype(leaf.dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf
+        return (
+            leaf + 0.3 * random.standard_normal(leaf.shape).astype(leaf.dtype)
+            if np.issubdtype(leaf.dtype, np.floating)
+            else leaf
+        )
 
     return jax.tree.map(move, adapters.sites), jax.tree.map(move, adapters.shared)
 
@@ -425,6 +371,10 @@ def _configs(entry: Any) -> list[Config]:
     return [{**config, "rank": rank[n] if isinstance(rank, tuple) else rank} for n in range(layers)]
 
 
+def _factored(case: Case) -> bool:
+    return all(entry.route == "factored" for entry in case.plan.entries)
+
+
 def _layers(leaf: Any) -> tuple[int, ...]:
     return leaf.shape[:-2]
 
@@ -444,4 +394,3 @@ def _assert_same_bits(before: Any, after: Any) -> None:
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
-

@@ -62,7 +62,10 @@ def test_count_is_of_the_arrays():
 @pytest.mark.parametrize("bad", [{"one": {"kernel": KERNEL}}, {**PARAMS, "two": {"kernel": KERNEL.T}}])
 def test_parameters_of_another_model_are_refused(bad):
     plan = lr.plan(PARAMS, {".*": lr.lora(2)})
-    with pytest.raises(ValueError, match=r"two/kernel (is missing|has shape \(6, 8\)) in these parameters; the plan was made for shape \(8, 6\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"two/kernel (is missing|has shape \(6, 8\)) in these parameters; the plan was made for shape \(8, 6\)",
+    ):
         lr.init(jax.random.key(0), bad, plan)
 
 
@@ -72,13 +75,20 @@ def test_layers_of_a_stack_act_like_the_same_layers_unrolled(bridge, method):
     """A rule for layer 1 of a scanned model equals the rule for ``layers_1`` of the unrolled one."""
     plain, scanned = models.build(bridge, "mixed"), models.build(bridge, "mixed", "scanned")
     rule = {r"layers.*(split|join)": lr.on_layers(method, [1])}
-    small, large = (lr.init(jax.random.key(0), m.params, lr.plan(m.params, rule, sites=m.sites)) for m in (plain, scanned))
-    assert {e.site.path: e.layers for e in large.plan.entries} == {"layers/join/kernel": (1,), "layers/split/kernel": (1,)}
+    small, large = (
+        lr.init(jax.random.key(0), m.params, lr.plan(m.params, rule, sites=m.sites)) for m in (plain, scanned)
+    )
+    assert {e.site.path: e.layers for e in large.plan.entries} == {
+        "layers/join/kernel": (1,),
+        "layers/split/kernel": (1,),
+    }
     assert len(small.plan.entries) == 2 and small.plan.trainable == large.plan.trainable
     random = np.random.default_rng(1)
     laid = {}
     for path in sorted(small.sites):
-        leaves = {n: x + 0.3 * jnp.asarray(random.standard_normal(x.shape), x.dtype) for n, x in small.sites[path].items()}
+        leaves = {
+            n: x + 0.3 * jnp.asarray(random.standard_normal(x.shape), x.dtype) for n, x in small.sites[path].items()
+        }
         small.sites[path] = leaves
         laid[path.replace("layers_1", "layers").replace("layers/1", "layers")] = {n: x[None] for n, x in leaves.items()}
     large = large.replace(sites=laid)
@@ -101,7 +111,9 @@ def test_leaves_lie_on_the_mesh_beside_their_kernels(bridge):
         "a": P(None, "fsdp", None), "m": P(None, None, None), "b": P(None, None, "tensor"),
         "m0": P(None, None, None), "b0": P(None, None, "tensor"),
     }  # fmt: skip
-    assert specs["layers/join/kernel"]["a"] == P(None, "tensor", None) and specs["layers/join/kernel"]["b"] == P(None, None, "fsdp")
+    assert specs["layers/join/kernel"]["a"] == P(None, "tensor", None) and specs["layers/join/kernel"]["b"] == P(
+        None, None, "fsdp"
+    )
     assert specs["embed/embedding"]["a"] == P("tensor", None) and specs["embed/embedding"]["b"] == P(None, "fsdp")
     # A convolution's in axis is made of two, the later one sharded: flattened, no sharding of it survives.
     assert specs["conv/kernel"]["a"] == P(None, None) and specs["conv/kernel"]["b"] == P(None, "tensor")

@@ -49,16 +49,23 @@ def test_runs(script: pathlib.Path, cache: pathlib.Path, tmp_path: pathlib.Path)
         "LOWRANK_JAX_TINY": "1", "LOWRANK_JAX_OFFLINE": "1", "XDG_CACHE_HOME": str(cache), "MPLBACKEND": "Agg",
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {file.name for file in (tmp_path / "tweets-lamda").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (tmp_path / "tweets-lamda").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_notebook_and_script_agree(script: pathlib.Path) -> None:
     # Bring them together again with: jupytext --sync colab/*.py
     ours, theirs = jupytext.read(script), jupytext.read(script.with_suffix(".ipynb"))
-    assert [(cell.cell_type, cell.source) for cell in theirs.cells] == [(cell.cell_type, cell.source) for cell in ours.cells]
+    assert [(cell.cell_type, cell.source) for cell in theirs.cells] == [
+        (cell.cell_type, cell.source) for cell in ours.cells
+    ]
     code = [cell for cell in theirs.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 

@@ -14,7 +14,9 @@ PARAMS = {"one": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal
 
 def moved(method, params=PARAMS, amount=0.05):
     adapters = lr.init(jax.random.key(0), params, lr.plan(params, {".*": method}))
-    return jax.tree.map(lambda x: x + amount * jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), x.dtype), adapters)
+    return jax.tree.map(
+        lambda x: x + amount * jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), x.dtype), adapters
+    )
 
 
 def test_a_bf16_merge_sums_in_float32():
@@ -63,7 +65,9 @@ def test_fold_and_unfold():
     before = np.array(PARAMS["one"]["kernel"])
     params, folded = lr.fold(PARAMS, adapters)
     assert (np.asarray(PARAMS["one"]["kernel"]) == before).all()
-    np.testing.assert_allclose(lr.merge(params, folded)["one"]["kernel"], lr.merge(PARAMS, adapters)["one"]["kernel"], atol=1e-5)
+    np.testing.assert_allclose(
+        lr.merge(params, folded)["one"]["kernel"], lr.merge(PARAMS, adapters)["one"]["kernel"], atol=1e-5
+    )
     back, unfolded = lr.unfold(params, folded)
     np.testing.assert_allclose(back["one"]["kernel"], before, atol=1e-6)
     assert not unfolded.folded

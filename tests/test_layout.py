@@ -50,7 +50,12 @@ def test_a_rank_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(
     ("axis", "batch", "n_out", "ndim", "expected"),
-    [((2,), (), 1, 3, "abc,cd->abd"), ((2,), (), 2, 3, "abc,cde->abde"), ((1, 2), (), 1, 3, "abc,bcd->ad"), ((2,), (0,), 1, 3, "abc,acd->abd")],
+    [
+        ((2,), (), 1, 3, "abc,cd->abd"),
+        ((2,), (), 2, 3, "abc,cde->abde"),
+        ((1, 2), (), 1, 3, "abc,bcd->ad"),
+        ((2,), (0,), 1, 3, "abc,acd->abd"),
+    ],
 )
 def test_dense_general_as_an_equation(axis, batch, n_out, ndim, expected):
     assert dense_equation(axis, batch, n_out, ndim) == expected

@@ -22,7 +22,9 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(nn.remat(Block), variable_axes={"params": self.axis}, split_rngs={"params": True, "dropout": True}, length=3)
+        scan = nn.scan(
+            nn.remat(Block), variable_axes={"params": self.axis}, split_rngs={"params": True, "dropout": True}, length=3
+        )
         return scan(name="layers")(x, None)[0]
 
 
@@ -30,14 +32,18 @@ class Expert(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         y = nn.Einsum((2, 4, 4), "ebi,eio->ebo", use_bias=False, name="up")(jnp.stack([x, -x])).sum(0)
-        per_expert = nn.vmap(nn.Dense, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True})
+        per_expert = nn.vmap(
+            nn.Dense, in_axes=None, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
         return x + per_expert(4, name="experts")(y).mean(0), None
 
 
 class ScanOfExperts(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.scan(Expert, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")(x, None)[0]
+        return nn.scan(Expert, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")(
+            x, None
+        )[0]
 
 
 class LateEinsum(nn.Module):
@@ -158,7 +164,9 @@ def test_gradients_reach_exactly_the_trained_leaves():
         return jnp.sum(model.apply({"params": lr.merge(params, lr.join(train, frozen))}, X) ** 2)
 
     gradient = jax.jit(jax.grad(loss))(train)
-    assert {p: set(leaves) for p, leaves in gradient.items()} == {f"layers/{n}/kernel": {"b", "m"} for n in ("up", "down")}
+    assert {p: set(leaves) for p, leaves in gradient.items()} == {
+        f"layers/{n}/kernel": {"b", "m"} for n in ("up", "down")
+    }
     expected = jax.jit(jax.grad(merged_loss))(train)
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4, atol=1e-4), gradient, expected))
 
@@ -209,7 +217,9 @@ def test_own_module_in_three_lines():
     site = bridge.sites(model, params, *args)["w"]
     assert (site.kind, site.n_in, site.n_out, site.factored) == ("dense", 4, 5, True)
     adapters = random_adapters(model, params, args, lr.lora(rank=2))
-    assert_close(bridge.apply(model, params, adapters, *args), model.apply({"params": lr.merge(params, adapters)}, *args))
+    assert_close(
+        bridge.apply(model, params, adapters, *args), model.apply({"params": lr.merge(params, adapters)}, *args)
+    )
 
 
 def test_a_raw_matmul_is_named_by_the_plan():

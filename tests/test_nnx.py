@@ -53,7 +53,9 @@ def random_adapters(model, method, pattern=".*", seed=1, args=()):
     sites = {path: site for path, site in found.items() if site.kind != "param"}
     plan = lr.plan(params, {pattern: method}, sites=sites)
     adapters = lr.init(jax.random.key(seed), params, plan)
-    moved = [0.2 * jax.random.normal(jax.random.key(seed + n), x.shape) for n, x in enumerate(jax.tree.leaves(adapters))]
+    moved = [
+        0.2 * jax.random.normal(jax.random.key(seed + n), x.shape) for n, x in enumerate(jax.tree.leaves(adapters))
+    ]
     return jax.tree.map(lambda x, d: x + d, adapters, jax.tree.unflatten(jax.tree.structure(adapters), moved))
 
 
@@ -64,7 +66,9 @@ def with_weights(model, params):
 
 
 def assert_close(actual, expected):
-    jax.tree.map(lambda a, b: jax.numpy.allclose(a, b, rtol=1e-5, atol=1e-5) or pytest.fail(f"{a}\n{b}"), actual, expected)
+    jax.tree.map(
+        lambda a, b: jax.numpy.allclose(a, b, rtol=1e-5, atol=1e-5) or pytest.fail(f"{a}\n{b}"), actual, expected
+    )
 
 
 MODELS = {
@@ -128,7 +132,9 @@ def test_gradients_reach_exactly_the_trained_leaves():
         return jnp.sum(with_weights(model, lr.merge(params, lr.join(train, frozen)))(X) ** 2)
 
     gradient = jax.grad(loss)(train, params)
-    assert {path: set(leaves) for path, leaves in gradient.items()} == {p: {"b", "m"} for p in ("layers/up/kernel", "layers/down/kernel")}
+    assert {path: set(leaves) for path, leaves in gradient.items()} == {
+        p: {"b", "m"} for p in ("layers/up/kernel", "layers/down/kernel")
+    }
     expected = jax.grad(merged_loss)(train, params)
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4, atol=1e-4), gradient, expected))
 
@@ -298,7 +304,8 @@ def test_an_abstract_model_holds_no_weights():
     adapters = random_adapters(model, lr.lora(rank=2))
     assert bridge.sites(abstract) == bridge.sites(model)
     assert_close(
-        bridge.apply(abstract, bridge.params(model), adapters, X), bridge.apply(model, bridge.params(model), adapters, X)
+        bridge.apply(abstract, bridge.params(model), adapters, X),
+        bridge.apply(model, bridge.params(model), adapters, X),
     )
 
 

@@ -28,7 +28,9 @@ def test_each_method_freezes_its_own_rows_only():
         updates, state = tx.update(ones, state, train)
         frozen = {path: int((np.asarray(leaves["b"]) == 0).all(-1).sum()) for path, leaves in updates.items()}
         assert frozen == {"plain/kernel": 0, "slow/kernel": step // 2, "fast/kernel": min(step, 4)}
-        assert all((leaf == -1).all() for path, leaves in updates.items() for name, leaf in leaves.items() if name != "b")
+        assert all(
+            (leaf == -1).all() for path, leaves in updates.items() for name, leaf in leaves.items() if name != "b"
+        )
 
 
 def test_no_method_adds_nothing():

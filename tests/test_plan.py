@@ -11,11 +11,17 @@ from lowrank_jax.plan import from_config
 
 
 def dense(*shape):
-    return {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32), "bias": jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32)}
+    return {
+        "kernel": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "bias": jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), jnp.float32),
+    }
 
 
 PARAMS = {
-    **{f"layers_{n}": {"attention": {"query": dense(8, 8), "value": dense(8, 8)}, "mlp": dense(8, 16)} for n in range(3)},
+    **{
+        f"layers_{n}": {"attention": {"query": dense(8, 8), "value": dense(8, 8)}, "mlp": dense(8, 16)}
+        for n in range(3)
+    },
     "stack": {"up": dense(3, 8, 16)},
     "head": dense(8, 2),
 }
@@ -26,8 +32,9 @@ def chosen(rules, **more):
 
 
 def test_the_most_specific_rule_wins_and_of_equals_the_later():
-    got = chosen({".*/query": lr.lora(2), ".*": lr.lora(1), "layers_1/.*/query": lr.lora(3), "head/kernel": lr.lora(2), "head/(kernel)": lr.full()},
-                 exclude=[".*/bias", "stack/.*"])  # fmt: skip
+    rules = {".*/query": lr.lora(2), ".*": lr.lora(1), "layers_1/.*/query": lr.lora(3)}
+    rules |= {"head/kernel": lr.lora(2), "head/(kernel)": lr.full()}
+    got = chosen(rules, exclude=[".*/bias", "stack/.*"])
     assert got["layers_0/attention/query/kernel"][0] == lr.lora(2)
     assert got["layers_1/attention/query/kernel"][0] == lr.lora(3)
     assert got["layers_0/mlp/kernel"][0] == lr.lora(1)
@@ -38,14 +45,29 @@ def test_the_most_specific_rule_wins_and_of_equals_the_later():
 @pytest.mark.parametrize(
     ("rules", "more", "error", "message"),
     [
-        ({".*/querry": lr.lora(2)}, {}, ValueError, r"Pattern '.\*/querry' matches no weight. Nearest paths: layers_\d/attention/query"),
-        ({".*/mlp": lr.lora(2)}, {"exclude": ["heads"]}, ValueError, "exclude='heads' matches no weight. Nearest paths: head"),
+        (
+            {".*/querry": lr.lora(2)},
+            {},
+            ValueError,
+            r"Pattern '.\*/querry' matches no weight. Nearest paths: layers_\d/attention/query",
+        ),
+        (
+            {".*/mlp": lr.lora(2)},
+            {"exclude": ["heads"]},
+            ValueError,
+            "exclude='heads' matches no weight. Nearest paths: head",
+        ),
         ({"head": lr.lora(2)}, {"exclude": ["head"]}, ValueError, "The plan is empty"),
         ({".*/mlp": lr.lora(9)}, {}, ValueError, r"lora at layers_0/mlp/kernel: rank 9 is not between 1 and 8"),
         ({"head": "lora"}, {}, TypeError, "Rule for 'head': expected a method such as"),
         ({"head/bias": lr.lora(1)}, {}, ValueError, r"head/bias \(param, shape \(2,\)\), but lora applies to"),
         ({"(": lr.lora(1)}, {}, ValueError, "not a regular expression"),
-        ({"stack/up": lr.on_layers(lr.lora(1), [3])}, {}, ValueError, r"stack/up/kernel is a stack of 3 layers; layers=\[3\] asks for 3"),
+        (
+            {"stack/up": lr.on_layers(lr.lora(1), [3])},
+            {},
+            ValueError,
+            r"stack/up/kernel is a stack of 3 layers; layers=\[3\] asks for 3",
+        ),
         ({".*/mlp": lr.on_layers(lr.lora(1), [7])}, {}, ValueError, r"matches no weight"),
     ],
 )
@@ -65,14 +87,20 @@ def test_going_dense_is_refused_unless_allowed():
 
 def test_layers_of_paths_and_of_stacks():
     got = chosen({".*/mlp": lr.on_layers(lr.lora(2), [0, 2]), "stack/up": lr.on_layers(lr.lora(2), [1])})
-    assert {p: layers for p, (_, layers) in got.items()} == {"layers_0/mlp/kernel": None, "layers_2/mlp/kernel": None, "stack/up/kernel": (1,)}
+    assert {p: layers for p, (_, layers) in got.items()} == {
+        "layers_0/mlp/kernel": None,
+        "layers_2/mlp/kernel": None,
+        "stack/up/kernel": (1,),
+    }
     assert chosen({"stack/up": lr.on_layers(lr.lora(2), range(3))})["stack/up/kernel"][1] is None
     one, every = (lr.plan(PARAMS, {"stack/up": r}).trainable for r in (lr.on_layers(lr.lora(2), [1]), lr.lora(2)))
     assert (one, every) == (2 * 24, 3 * 2 * 24)
 
 
 def test_counts_over_a_run():
-    plan = lr.plan(PARAMS, {".*/query": lr.lamda(2, freeze=0.5), ".*/value": lr.lamda(2, freeze=0.25), "head": lr.lora(2)})
+    plan = lr.plan(
+        PARAMS, {".*/query": lr.lamda(2, freeze=0.5), ".*/value": lr.lamda(2, freeze=0.25), "head": lr.lora(2)}
+    )
     assert plan.phases(100) == (0, 25, 50)
     assert [plan.count(s, 100) for s in (0, 25, 50)] == [6 * 4 + 6 * 16 + 20, 6 * 4 + 3 * 16 + 20, 6 * 4 + 20]
     assert plan.trainable == plan.count(0, 100)
@@ -80,7 +108,9 @@ def test_counts_over_a_run():
 
 
 def test_the_table_says_what_and_how_much():
-    text = str(lr.plan(PARAMS, {".*/query": lr.lamda(2), "head": lr.full(), "stack/up": lr.on_layers(lr.lora(2), [0, 2])}))
+    text = str(
+        lr.plan(PARAMS, {".*/query": lr.lamda(2), "head": lr.full(), "stack/up": lr.on_layers(lr.lora(2), [0, 2])})
+    )
     row = next(line for line in text.splitlines() if "layers_{0-2}/attention/query/kernel" in line)
     for word in ("x3", "dense", "8x8", "lamda r=2", "LowRank", "factored", "60"):
         assert word in row
@@ -94,16 +124,22 @@ def test_equal_plans_are_equal_and_hash_alike():
 
 
 def test_configuration_there_and_back():
-    plan = lr.plan(PARAMS, {".*/query": lr.lamda(2), "stack/up": lr.on_layers(lr.lamda((1, 2)), [0, 2]), "head.*": lr.full()})
+    plan = lr.plan(
+        PARAMS, {".*/query": lr.lamda(2), "stack/up": lr.on_layers(lr.lamda((1, 2)), [0, 2]), "head.*": lr.full()}
+    )
     again = from_config(PARAMS, json.loads(json.dumps(plan.to_config())))
     assert again == plan and again.trainable == plan.trainable and again.base_count == plan.base_count
 
 
 def test_configuration_of_another_model_is_refused():
     config = lr.plan(PARAMS, {"head": lr.lora(2)}).to_config()
-    with pytest.raises(ValueError, match=r"head/kernel: the adapter was made for a weight of shape \(8, 2\), this model's has \(8, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"head/kernel: the adapter was made for a weight of shape \(8, 2\), this model's has \(8, 3\)"
+    ):
         from_config({"head": dense(8, 3)}, config)
-    with pytest.raises(ValueError, match="The saved adapter's site 'head/kernel' matches no weight. Nearest paths: heads"):
+    with pytest.raises(
+        ValueError, match="The saved adapter's site 'head/kernel' matches no weight. Nearest paths: heads"
+    ):
         from_config({"heads": dense(8, 2)}, config)
     with pytest.raises(ValueError, match="Unknown method 'lorra'; did you mean 'lora'"):
         from_config(PARAMS, [{**config[0], "method": "lorra"}])

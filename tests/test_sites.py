@@ -53,7 +53,8 @@ def test_a_declaration_that_matches_nothing_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("batch", "inputs", "outputs"), [((0,), (1, 2), (3,)), ((), (1, 0), (3, 2)), ((2,), (3,), (0, 1)), ((3, 1), (0,), (2,))]
+    ("batch", "inputs", "outputs"),
+    [((0,), (1, 2), (3,)), ((), (1, 0), (3, 2)), ((2,), (3,), (0, 1)), ((3, 1), (0,), (2,))],
 )
 def test_canonical_and_back(batch, inputs, outputs):
     weight = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
@@ -102,5 +103,7 @@ def test_a_broken_pattern_says_so():
 
 
 def test_no_match_offers_close_paths_first():
-    message = no_match("Pattern 'x'", r".*/attn/query", ["layers_0/attention/query/kernel", "embed/embedding", "head/kernel"])
+    message = no_match(
+        "Pattern 'x'", r".*/attn/query", ["layers_0/attention/query/kernel", "embed/embedding", "head/kernel"]
+    )
     assert "Nearest paths: layers_0/attention/query" in message and "start it with '.*/'" in message

@@ -86,7 +86,7 @@ def method(factory: M) -> M:
             )
         bound = signature.bind(*args, **fields)
         bound.apply_defaults()
-        config = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in bound.arguments.items())
+        config = tuple((k, _as_tuples(v)) for k, v in bound.arguments.items())
         made = factory(**dict(config))
         object.__setattr__(made, "name", factory.__name__)
         object.__setattr__(made, "config", config)
@@ -111,7 +111,12 @@ def build(name: str, config: Mapping[str, Any] | None = None) -> Method:
         raise ValueError(
             f"Unknown method {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(sorted(_FACTORIES))}."
         )
-    return _FACTORIES[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in (config or {}).items()})
+    return _FACTORIES[name](**(config or {}))
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON makes of tuples, as tuples again at every depth."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def names() -> tuple[str, ...]:

@@ -48,7 +48,9 @@ def assemble_lora(
     if uniform and scaling(rank, first.alpha, rank_stabilised) == next(iter(scales.values())):
         method = lora(rank=rank, alpha=first.alpha, rank_stabilised=rank_stabilised, dropout=dropout)
     else:
-        method = lora(rank=rank, alpha=alpha_for(next(iter(scales.values())), rank) if uniform else rank, dropout=dropout)
+        method = lora(
+            rank=rank, alpha=alpha_for(next(iter(scales.values())), rank) if uniform else rank, dropout=dropout
+        )
 
     inner = math.prod(site.batch_shape[1:])
     layers = sorted({i // inner for i in elements}) if site.batch else [0]

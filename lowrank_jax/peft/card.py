@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 
 
-def model_card(base_model: str | None, task_type: str | None, methods: Iterable[str], modules: int, whole: Sequence[str] = ()) -> str:
+def model_card(
+    base_model: str | None, task_type: str | None, methods: Iterable[str], modules: int, whole: Sequence[str] = ()
+) -> str:
     """README.md with the metadata that model hubs read.
 
     Args:

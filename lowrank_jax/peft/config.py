@@ -95,7 +95,9 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         below = sorted(found.parent.name for found in directory.glob(f"*/{FILE}"))
         hint = f" There are adapters below: {', '.join(below)}." if below else ""
-        raise FileNotFoundError(f"{file}: no such file; expected what PEFT's save_pretrained or lowrank_jax.peft.save wrote.{hint}")
+        raise FileNotFoundError(
+            f"{file}: no such file; expected what PEFT's save_pretrained or lowrank_jax.peft.save wrote.{hint}"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -103,12 +105,16 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise PeftFormatError(f"{file}: expected a JSON object, got {type(config).__name__}.")
     if config.get("peft_type") != "LORA":
-        raise PeftFormatError(f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read. Convert it to LoRA with PEFT.")
+        raise PeftFormatError(
+            f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' can be read. Convert it to LoRA with PEFT."
+        )
     for name, why in _UNSUPPORTED.items():
         if config.get(name):
             raise PeftFormatError(f"{file}: {name} = {config[name]!r} is not supported: {why}")
     if config.get("bias", "none") != "none":
-        raise PeftFormatError(f"{file}: bias = {config['bias']!r} is not supported, expected 'none'; merge it with PEFT.")
+        raise PeftFormatError(
+            f"{file}: bias = {config['bias']!r} is not supported, expected 'none'; merge it with PEFT."
+        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_EDITS_BASE):
         raise PeftFormatError(
@@ -133,11 +139,18 @@ def _check_values(file: pathlib.Path, config: dict[str, Any]) -> None:
             config[name] = default
     expect("r", 8, type(config["r"]) is int and config["r"] > 0, "a positive integer")
     expect("lora_alpha", 8, _finite(config["lora_alpha"]), "a number")
-    expect("lora_dropout", 0.0, _finite(config["lora_dropout"]) and 0 <= config["lora_dropout"] < 1, "a probability in [0, 1)")
+    expect(
+        "lora_dropout",
+        0.0,
+        _finite(config["lora_dropout"]) and 0 <= config["lora_dropout"] < 1,
+        "a probability in [0, 1)",
+    )
     ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     positive = isinstance(ranks, dict) and all(type(rank) is int and rank > 0 for rank in ranks.values())
     expect("rank_pattern", {}, positive, "positive integers by module")
-    expect("alpha_pattern", {}, isinstance(alphas, dict) and all(_finite(v) for v in alphas.values()), "numbers by module")
+    expect(
+        "alpha_pattern", {}, isinstance(alphas, dict) and all(_finite(v) for v in alphas.values()), "numbers by module"
+    )
     targets, saved = config.get("target_modules"), config.get("modules_to_save")
     readable = targets is None or isinstance(targets, str) or _names(targets)
     expect("target_modules", None, readable, "a list of names or a regular expression")

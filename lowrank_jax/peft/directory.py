@@ -26,7 +26,9 @@ def check_free(out: pathlib.Path, overwrite: bool) -> None:
     others = [name for name in names if name not in (FILE, WEIGHTS, CARD)]
     if FILE not in names or others:
         found = f"holds {others[0]!r}" if others else "holds files but no adapter"
-        raise FileExistsError(f"{out} {found}; only a directory with nothing but an adapter is ever replaced. Choose another.")
+        raise FileExistsError(
+            f"{out} {found}; only a directory with nothing but an adapter is ever replaced. Choose another."
+        )
     if not overwrite:
         raise FileExistsError(f"{out} holds an adapter; choose another directory or pass overwrite=True.")
 

@@ -71,7 +71,9 @@ def save(
     names = resolve(architecture, name_map)
     check_free(out, overwrite)
     if adapters.folded:
-        raise ValueError("peft.save: these adapters are folded into another base; unfold them first (lowrank_jax.unfold).")
+        raise ValueError(
+            "peft.save: these adapters are folded into another base; unfold them first (lowrank_jax.unfold)."
+        )
     if adapters.stacked is not None:
         raise ValueError("peft.save takes one adapter; pick one of the stack with lowrank_jax.take.")
 
@@ -86,7 +88,9 @@ def save(
         if isinstance(form, Dense):
             name = _whole_module(entry, modules)
             whole.setdefault(name, set()).add(part_of(entry.site))
-            tensors[f"{PREFIX}{name}.{part_of(entry.site)}"] = _cast(weight_to_torch(entry.site, np.asarray(form.weight)), dtype)
+            tensors[f"{PREFIX}{name}.{part_of(entry.site)}"] = _cast(
+                weight_to_torch(entry.site, np.asarray(form.weight)), dtype
+            )
             continue
         if not form.record.low_rank:
             raise UnsupportedError(
@@ -97,12 +101,16 @@ def save(
         for element, a, b in _elements(entry, low_rank):
             module = modules[element]
             if module in ranks:
-                raise ValueError(f"{path}: module {module!r} has an adapter already; name_map gives one name to two weights.")
+                raise ValueError(
+                    f"{path}: module {module!r} has an adapter already; name_map gives one name to two weights."
+                )
             ranks[module], alphas[module] = a.shape[1], alpha_for(low_rank.scale, a.shape[1])
             for name, tensor in zip(factor_names(entry.site), factors_to_torch(entry.site, a, b), strict=True):
                 tensors[f"{PREFIX}{module}.{name}"] = _cast(tensor, dtype)
     if not ranks:
-        raise UnsupportedError("peft.save: the adapter has no low-rank update, only full weights; merge it and save the model.")
+        raise UnsupportedError(
+            "peft.save: the adapter has no low-rank update, only full weights; merge it and save the model."
+        )
     _check(tensors, whole, names)
     saved = _collapse(set(whole), names)
     task_type = names.task_type if names.head is None or names.head in saved else None
@@ -124,13 +132,17 @@ def _modules(entry: Entry, names: Names) -> tuple[str, ...]:
     site = entry.site
     modules = names.of(site)
     if not modules:
-        raise ValueError(f"{site.path} has no module name in the Hugging Face model; give it one in name_map, or leave it out of the plan.")
+        raise ValueError(
+            f"{site.path} has no module name in the Hugging Face model; give it one in name_map, or leave it out of the plan."
+        )
     if site.path in names.tied:
         raise UnsupportedError(
             f"{site.path} is also the output head, and PEFT would adapt the lookup only. Merge it (lowrank_jax.merge) and save the model."
         )
     if len(modules) != (depth(site) or 1) and site.kind != "param":
-        raise ValueError(f"{site.path} is a stack of {depth(site) or 1}, but {len(modules)} module names are known for it.")
+        raise ValueError(
+            f"{site.path} is a stack of {depth(site) or 1}, but {len(modules)} module names are known for it."
+        )
     return modules
 
 

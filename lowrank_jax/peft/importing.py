@@ -76,7 +76,11 @@ def load(
     config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        hint = "adapter_model.bin is pickled and never read; save it as safetensors with PEFT" if pickled else "is the download complete?"
+        hint = (
+            "adapter_model.bin is pickled and never read; save it as safetensors with PEFT"
+            if pickled
+            else "is the download complete?"
+        )
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; {hint}.")
     contents = sort_tensors(open_safetensors(folder / WEIGHTS), config, names.alias)
     flat = flatten(params)
@@ -84,14 +88,18 @@ def load(
         sites = find_sites(params, {re.escape(path): "bio" for path in names.stacks if path in flat})
     for path, site in sites.items():
         if path not in flat or tuple(flat[path].shape) != site.shape:
-            raise ValueError(f"sites has {path} of shape {site.shape}, which params lack; pass the sites of this model.")
+            raise ValueError(
+                f"sites has {path} of shape {site.shape}, which params lack; pass the sites of this model."
+            )
     slots = _slots(sites, names)
     _check_known(folder, contents, slots, config, names)
 
     factors: dict[str, dict[int, Element]] = {}
     for module, tensors in contents.factors.items():
         path, element, _ = slots[module, "weight"]
-        factors.setdefault(path, {})[element] = _read_factors(sites[path], contents.names[module], tensors, config, names)
+        factors.setdefault(path, {})[element] = _read_factors(
+            sites[path], contents.names[module], tensors, config, names
+        )
     whole: dict[str, np.ndarray] = {}
     for module, tensors in contents.whole.items():
         for part, tensor in tensors.items():
@@ -104,7 +112,9 @@ def load(
         if path in factors and path in whole:
             raise PeftFormatError(f"{folder}: {path} has a LoRA and is in modules_to_save as well; remove one of them.")
         if path in factors:
-            entry, leaves = assemble_lora(sites[path], factors[path], bool(config.get("use_rslora")), config["lora_dropout"])
+            entry, leaves = assemble_lora(
+                sites[path], factors[path], bool(config.get("use_rslora")), config["lora_dropout"]
+            )
         elif path in whole:
             entry, leaves = assemble_full(sites[path], whole[path])
         else:
@@ -129,7 +139,11 @@ def _slots(sites: Mapping[str, Site], names: Names) -> dict[tuple[str, str], Slo
 
 
 def _check_known(
-    folder: pathlib.Path, contents: Contents, slots: Mapping[tuple[str, str], Slot], config: Mapping[str, Any], names: Names
+    folder: pathlib.Path,
+    contents: Contents,
+    slots: Mapping[tuple[str, str], Slot],
+    config: Mapping[str, Any],
+    names: Names,
 ) -> None:
     """Every tensor has a weight here, and every weight the configuration speaks of has its tensors."""
     wanted = [(module, "weight") for module in contents.factors]
@@ -142,7 +156,9 @@ def _check_known(
             )
         path = slots[module, part].path
         if path in names.tied:
-            raise PeftFormatError(f"{folder}: {path} is also the output head here, but PEFT adapts the lookup only; merge it with PEFT.")
+            raise PeftFormatError(
+                f"{folder}: {path} is also the output head here, but PEFT adapts the lookup only; merge it with PEFT."
+            )
     if not contents.factors and not contents.whole:
         raise PeftFormatError(f"{folder}: the adapter holds no tensors.")
     for (module, part), slot in slots.items():
@@ -152,7 +168,9 @@ def _check_known(
         else:
             missing = part == "weight" and bool(selects(config, full)) and module not in contents.factors
         if missing:
-            raise PeftFormatError(f"{folder}: adapter_config.json names {full!r}, but its tensors are missing; is the file complete?")
+            raise PeftFormatError(
+                f"{folder}: adapter_config.json names {full!r}, but its tensors are missing; is the file complete?"
+            )
 
 
 def _read_factors(
@@ -164,7 +182,9 @@ def _read_factors(
         )
     parts = [name.removesuffix(".weight") for name in factor_names(site)]
     if set(tensors) != set(parts):
-        raise PeftFormatError(f"{module}: the adapter holds {sorted(tensors)} for {site.path}; expected {' and '.join(parts)}.")
+        raise PeftFormatError(
+            f"{module}: the adapter holds {sorted(tensors)} for {site.path}; expected {' and '.join(parts)}."
+        )
     a, b = (tensors[part] for part in parts)
     rank = pattern_value(config["rank_pattern"], module, config["r"])
     alpha = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])

@@ -63,7 +63,9 @@ def sort_tensors(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], a
         module = alias(contents_name := module)
         parts = kind.setdefault(module, {})
         if part in parts:
-            raise PeftFormatError(f"{tensor.file}: {part} of {contents_name!r} is there twice; expected one adapter in a file.")
+            raise PeftFormatError(
+                f"{tensor.file}: {part} of {contents_name!r} is there twice; expected one adapter in a file."
+            )
         parts[part] = tensor
         contents.names[module] = contents_name
     return contents

@@ -62,7 +62,7 @@ def test_svd_zero_leaves_the_base_alone():
     close(p["a"].T @ p["a"], np.eye(RANK))
     close(p["b"] @ p["b"].T, np.eye(RANK))
     folded, _ = lr.fold(params_of(K), adapters)
-    assert folded["layer"]["kernel"] is K or (folded["layer"]["kernel"] == K).all()
+    assert folded["layer"]["kernel"] is K
 
 
 def test_official_code_starts_without_an_svd():
@@ -94,8 +94,7 @@ def test_frozen_rows_keep_their_bits_under_adamw(order, init):
         moved = np.asarray(before["b"] != after["b"]).any(-1)
         frozen = min(RANK, RANK * step // 10)
         expected = np.arange(RANK) >= frozen if order == "descending" else np.arange(RANK) < RANK - frozen
-        if not (init == "svd_zero" and step == 0):  # m = 0: no gradient yet, but decay moves b, and so it does below
-            assert moved.tolist() == expected.tolist(), step
+        assert moved.tolist() == expected.tolist(), step
         assert np.asarray(before["m"] != after["m"]).any() or (init == "official_code" and step == 0)
         assert (np.asarray(before["a"]) == np.asarray(after["a"])).all()
     assert (np.asarray(history[0]["a"]) == np.asarray(history[-1]["a"])).all()
@@ -130,7 +129,9 @@ def test_the_ends_of_the_schedule(freeze, phases, first):
     assert set(lr.partition(adapters, 0, 10)[0][PATH]) == first
 
 
-@pytest.mark.parametrize(("rank", "total", "freeze"), [(4, 20, "0.5"), (64, 1000, "0.3"), (32, 999, "0.3"), (7, 50, "0.1"), (3, 3000, "1")])
+@pytest.mark.parametrize(
+    ("rank", "total", "freeze"), [(4, 20, "0.5"), (64, 1000, "0.3"), (32, 999, "0.3"), (7, 50, "0.1"), (3, 3000, "1")]
+)
 def test_schedule_is_the_formula(rank, total, freeze):
     exact = [min(rank, int(rank * step / (Fraction(freeze) * total))) for step in range(total)]
     got = np.asarray(frozen_rows(jnp.arange(total), rank, float(freeze) * total))
@@ -159,7 +160,10 @@ def test_ranks_of_a_stack_leave_their_padding_at_zero():
         assert np.linalg.matrix_rank(np.asarray(delta(history[-1], weight))[layer], tol=1e-4) == r
 
 
-@pytest.mark.parametrize("fields", [{"init": "svd"}, {"core": "sigmas"}, {"order": "down"}, {"svd": "full"}, {"freeze": 1.5}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"init": "svd"}, {"core": "sigmas"}, {"order": "down"}, {"svd": "full"}, {"freeze": 1.5}, {"dropout": 1.0}],
+)
 def test_bad_fields_are_refused(fields):
     with pytest.raises(ValueError, match=f"lamda\\({next(iter(fields))}="):
         lr.lamda(**fields)

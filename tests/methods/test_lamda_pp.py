@@ -48,7 +48,9 @@ def test_equal_spectra_get_equal_ranks():
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_the_rank_budget_is_spent_exactly(n):
     decays = np.linspace(0.5, 1.0, n)
-    got = ranks({f"w{i}": with_spectrum(decay ** np.arange(20), i) for i, decay in enumerate(decays)}, lr.lamda_pp(rank=5))
+    got = ranks(
+        {f"w{i}": with_spectrum(decay ** np.arange(20), i) for i, decay in enumerate(decays)}, lr.lamda_pp(rank=5)
+    )
     assert sum(got.values()) == 5 * n
     assert all(1 <= r <= 10 for r in got.values())
     assert [got[f"w{i}"] for i in range(n)] == sorted(got.values())
@@ -56,12 +58,18 @@ def test_the_rank_budget_is_spent_exactly(n):
 
 @pytest.mark.parametrize(("budget", "cost"), [("core", lambda r: r * r), ("parameters", lambda r: 44 * r)])
 def test_other_budgets_are_never_exceeded(budget, cost):
-    got = ranks({f"w{i}": with_spectrum(d ** np.arange(20), i) for i, d in enumerate((0.5, 0.8, 0.9, 1.0))}, lr.lamda_pp(rank=4, budget=budget))
+    got = ranks(
+        {f"w{i}": with_spectrum(d ** np.arange(20), i) for i, d in enumerate((0.5, 0.8, 0.9, 1.0))},
+        lr.lamda_pp(rank=4, budget=budget),
+    )
     assert 0.6 * 4 * cost(4) <= sum(map(cost, got.values())) <= 4 * cost(4)
 
 
 def test_candidates_are_the_only_ranks():
-    got = ranks({f"w{i}": with_spectrum(d ** np.arange(20), i) for i, d in enumerate((0.5, 0.7, 0.9, 1.0))}, lr.lamda_pp(rank=4, candidates=(2, 4, 8)))
+    got = ranks(
+        {f"w{i}": with_spectrum(d ** np.arange(20), i) for i, d in enumerate((0.5, 0.7, 0.9, 1.0))},
+        lr.lamda_pp(rank=4, candidates=(2, 4, 8)),
+    )
     assert set(got.values()) <= {2, 4, 8} and sum(got.values()) <= 16
     assert got["w0"] < got["w3"]
 

@@ -14,7 +14,12 @@ K = kernel(400, 300)
 
 @pytest.mark.parametrize(
     ("fields", "scale"),
-    [({"rank": 4}, 1), ({"rank": 4, "alpha": 8}, 2), ({"rank": 16, "alpha": 8, "rank_stabilised": True}, 2), ({"rank": 16, "rank_stabilised": True}, 4)],
+    [
+        ({"rank": 4}, 1),
+        ({"rank": 4, "alpha": 8}, 2),
+        ({"rank": 16, "alpha": 8, "rank_stabilised": True}, 2),
+        ({"rank": 16, "rank_stabilised": True}, 4),
+    ],
 )
 def test_scale(fields, scale):
     assert lr.expand(adapt(K, lr.lora(**fields)))[PATH].scale == scale

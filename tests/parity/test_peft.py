@@ -22,10 +22,18 @@ _SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_atte
               "max_position_embeddings": 40, "initializer_range": 0.2}  # fmt: skip
 BASES = {
     "bert": ("BertForSequenceClassification", "BertConfig", _SIZES | {"num_labels": 3}),
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", _SIZES | {"num_labels": 3, "type_vocab_size": 1, "pad_token_id": 1}),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _SIZES | {"num_labels": 3, "type_vocab_size": 1, "pad_token_id": 1},
+    ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False}),
 }
-ATTENTION = {"bert": r".*/attention/(query|value)", "roberta": r".*/attention/(query|value)", "llama": r".*/(q_proj|v_proj)"}
+ATTENTION = {
+    "bert": r".*/attention/(query|value)",
+    "roberta": r".*/attention/(query|value)",
+    "llama": r".*/(q_proj|v_proj)",
+}
 MLP = {"bert": r".*/mlp/.*", "roberta": r".*/mlp/.*", "llama": r".*/(gate_proj|down_proj)"}
 TOKENS = np.random.default_rng(0).integers(5, 97, (2, 9))
 
@@ -55,7 +63,9 @@ def torch_model(name: str, directory: pathlib.Path):
 
 def theirs(model) -> np.ndarray:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones_like(torch.tensor(TOKENS))).logits.numpy()
+        return model.eval()(
+            input_ids=torch.tensor(TOKENS), attention_mask=torch.ones_like(torch.tensor(TOKENS))
+        ).logits.numpy()
 
 
 def ours(loaded: models.Loaded, adapters: lr.Adapters | None = None) -> np.ndarray:
@@ -127,7 +137,10 @@ def shaken_ranks(adapters: lr.Adapters, pattern: str, ranks: tuple[int, ...]) ->
     for path, leaves in sites.items():
         if matches(pattern, path):
             used = jnp.asarray(np.arange(max(ranks)) < np.asarray(ranks)[:, None], jnp.float32)
-            sites[path] = leaves | {"m": leaves["m"] * used[:, :, None] * used[:, None, :], "b": leaves["b"] * used[:, :, None]}
+            sites[path] = leaves | {
+                "m": leaves["m"] * used[:, :, None] * used[:, None, :],
+                "b": leaves["b"] * used[:, :, None],
+            }
     return adapters.replace(sites=sites)
 
 
@@ -198,7 +211,11 @@ def test_patterns_are_read_as_peft_reads_them(key: str) -> None:
         assert pattern_value(patterns, module, 8) == patterns.get(get_pattern_key(patterns.keys(), module), 8)
 
 
-TARGETS = {"bert": ["query", "output.dense"], "roberta": ["key", "intermediate.dense"], "llama": ["q_proj", "down_proj"]}
+TARGETS = {
+    "bert": ["query", "output.dense"],
+    "roberta": ["key", "intermediate.dense"],
+    "llama": ["q_proj", "down_proj"],
+}
 THEIRS = {
     "plain": {"r": 4, "lora_alpha": 10},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
@@ -218,7 +235,9 @@ def test_we_run_their_trained_adapters_and_they_ours_again(base, case: str, tmp_
     if fields.pop("task_type", False):
         fields["task_type"] = "CAUSAL_LM" if name == "llama" else "SEQ_CLS"
         fields["modules_to_save"] = ["lm_head"] if name == "llama" else ["classifier"]
-    targets = TARGETS[name] + (["embed_tokens" if name == "llama" else "word_embeddings"] if fields.pop("embedding", False) else [])
+    targets = TARGETS[name] + (
+        ["embed_tokens" if name == "llama" else "word_embeddings"] if fields.pop("embedding", False) else []
+    )
     torch.manual_seed(1)
     model = hf_peft.get_peft_model(torch_model(name, directory), hf_peft.LoraConfig(target_modules=targets, **fields))
     train(model)

@@ -98,7 +98,9 @@ def test_tunix_llama3(remat):
         nnx.update(copy, params)
         return copy(*arguments)[0]
 
-    check_training(params, plan, lambda params, adapters: nnx_bridge.apply(model, params, adapters, *arguments)[0], plain)
+    check_training(
+        params, plan, lambda params, adapters: nnx_bridge.apply(model, params, adapters, *arguments)[0], plain
+    )
     adapters = lr.init(jax.random.key(1), params, plan)
     copy = nnx.clone(model)
     nnx.update(copy, params)
@@ -125,9 +127,7 @@ def test_gemma(transposed):
     )
     model = gemma.Transformer(config=config, dtype=jnp.float32)
     params = random_weights(model.init(jax.random.key(0), TOKENS)["params"])
-    lr.linen.register(
-        gemma.Einsum, lambda module: module.weight_name, lambda module, x, equation: equation, argument=1
-    )
+    lr.linen.register(gemma.Einsum, lambda module: module.weight_name, lambda module, x, equation: equation, argument=1)
 
     sites = lr.linen.sites(model, params, TOKENS)
     site = sites["layer_0/attn/kv_einsum/w"]

@@ -89,7 +89,9 @@ def test_fields_that_cannot_be_honoured_are_named(fields: dict, saved: pathlib.P
 
 
 def test_fields_without_effect_are_silent_and_unknown_ones_warn(saved: pathlib.Path, recwarn) -> None:
-    edit_config(saved, peft_version="0.21.2", eva_config=None, use_dora=False, runtime_config={}, init_lora_weights="gaussian")
+    edit_config(
+        saved, peft_version="0.21.2", eva_config=None, use_dora=False, runtime_config={}, init_lora_weights="gaussian"
+    )
     load(saved)
     assert not recwarn.list
     edit_config(saved, foobar=1)
@@ -125,7 +127,10 @@ A, B = PREFIX + "layers.0.query.lora_A.weight", PREFIX + "layers.0.query.lora_B.
         (lambda t: t.update({PREFIX + "head.weight": np.ones((4, 3), np.float32)}), r"expected \(3, 4\)"),
         (lambda t: t.update({PREFIX + "other.lora_A.weight": np.ones((2, 5), np.float32)}), "'other'"),
         (lambda t: t.update({PREFIX + "other.weight": np.ones((2, 5), np.float32)}), "other.weight.*modules_to_save"),
-        (lambda t: t.update({PREFIX + "layers.0.query.lora_magnitude_vector": np.ones(4, np.float32)}), "lora_magnitude_vector"),
+        (
+            lambda t: t.update({PREFIX + "layers.0.query.lora_magnitude_vector": np.ones(4, np.float32)}),
+            "lora_magnitude_vector",
+        ),
         (lambda t: t.update({PREFIX + "layers.0.query.lora_B.bias": np.ones(4, np.float32)}), "lora_B.bias"),
         (lambda t: t.update({A.replace("lora_A", "lora_A.two"): t[A]}), "twice"),
         (lambda t: t.clear(), "no tensors"),
@@ -235,7 +240,9 @@ def test_tied_embeddings_are_refused_both_ways(tmp_path: pathlib.Path) -> None:
 def test_layers_of_a_stack_cannot_come_from_modules_to_save(tmp_path: pathlib.Path) -> None:
     names = {"stack": ["layers.0.up", "layers.1.up"], "query": "query"}
     params = {"stack": {"kernel": jnp.ones((2, 3, 3))}, "query": {"kernel": jnp.ones((3, 3))}}
-    stack = describe("stack/kernel", params["stack"]["kernel"], "dense", batch=(0,), inputs=(1,), outputs=(2,), scanned=(0,))
+    stack = describe(
+        "stack/kernel", params["stack"]["kernel"], "dense", batch=(0,), inputs=(1,), outputs=(2,), scanned=(0,)
+    )
     sites = lr.sites(params) | {"stack/kernel": stack}
     config = make_config({"query": 1}, {"query": 1}, dropout=0.0, known=None, modules_to_save=["layers.0.up"], task_type=None,
                          base_model_name_or_path=None)  # fmt: skip
@@ -265,7 +272,9 @@ def test_only_an_adapter_is_ever_replaced(saved: pathlib.Path, tmp_path: pathlib
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"], "temporary directories are left behind"
 
 
-def test_a_failure_while_writing_leaves_the_old_adapter(saved: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
+def test_a_failure_while_writing_leaves_the_old_adapter(
+    saved: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
+) -> None:
     before = (saved / "adapter_model.safetensors").read_bytes()
 
     def fail(*args, **kwargs):

@@ -43,7 +43,9 @@ def config_of(directory: pathlib.Path) -> dict:
 
 
 def assert_same_update(a: lr.Adapters, b: lr.Adapters, params) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), lr.merge(params, a), lr.merge(params, b))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), lr.merge(params, a), lr.merge(params, b)
+    )
 
 
 def test_factors_are_written_in_torch_layout(tmp_path: pathlib.Path) -> None:
@@ -59,7 +61,7 @@ def test_factors_are_written_in_torch_layout(tmp_path: pathlib.Path) -> None:
     assert config["base_model_name_or_path"] == "some/base" and config["peft_type"] == "LORA"
     header = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert b'"__metadata__":{"format":"pt"}' in header
-    assert "base_model: \"some/base\"" in (tmp_path / "out" / "README.md").read_text()
+    assert 'base_model: "some/base"' in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_plain_lora_returns_bit_for_bit_and_in_the_same_bytes(tmp_path: pathlib.Path) -> None:
@@ -124,7 +126,9 @@ def test_a_stack_is_split_into_layers_and_stacked_again(tmp_path: pathlib.Path) 
     peft.save(adapters, tmp_path / "out", name_map=STACK)
     tensors = tensors_of(tmp_path / "out")
     assert len(tensors) == 8
-    np.testing.assert_array_equal(tensors[PREFIX + "model.layers.2.query.lora_A.weight"], adapters.sites["layers/kernel"]["a"][2].T)
+    np.testing.assert_array_equal(
+        tensors[PREFIX + "model.layers.2.query.lora_A.weight"], adapters.sites["layers/kernel"]["a"][2].T
+    )
     loaded = peft.load(tmp_path / "out", params, name_map=STACK, sites=sites)
     jax.tree.map(np.testing.assert_array_equal, loaded.sites, adapters.sites)
     assert loaded.plan == adapters.plan
@@ -147,11 +151,16 @@ def test_padded_ranks_of_a_stack_become_a_rank_pattern(tmp_path: pathlib.Path) -
     plan = lr.plan(params, {"layers": lr.lamda(rank=(2, 3, 3, 1), alpha=6)}, sites=sites)
     adapters = lr.init(jax.random.key(0), params, plan)
     leaves = adapters.sites["layers/kernel"]
-    adapters = adapters.replace(sites={"layers/kernel": leaves | {"m": 2 * leaves["m"]}})  # padding stays zero, as in training
+    adapters = adapters.replace(
+        sites={"layers/kernel": leaves | {"m": 2 * leaves["m"]}}
+    )  # padding stays zero, as in training
     peft.save(adapters, tmp_path / "out", name_map=STACK)
     config = config_of(tmp_path / "out")
     assert config["r"] == 3 and config["rank_pattern"] == {"model.layers.0.query": 2, "model.layers.3.query": 1}
-    assert config["lora_alpha"] == 6 and config["alpha_pattern"] == {"model.layers.0.query": 4, "model.layers.3.query": 2}
+    assert config["lora_alpha"] == 6 and config["alpha_pattern"] == {
+        "model.layers.0.query": 4,
+        "model.layers.3.query": 2,
+    }
     loaded = peft.load(tmp_path / "out", params, name_map=STACK, sites=sites)
     assert loaded.sites["layers/kernel"]["a"].shape == (4, 6, 3)
     assert_same_update(adapters, loaded, params)
@@ -261,7 +270,9 @@ def test_reference_models_need_no_names(config, scan: bool, tmp_path: pathlib.Pa
     peft.save(adapters, tmp_path / "out", architecture=config)
     written = config_of(tmp_path / "out")
     if llama:
-        assert written["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"] and written["modules_to_save"] == ["lm_head"]
+        assert written["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"] and written["modules_to_save"] == [
+            "lm_head"
+        ]
     else:
         assert written["target_modules"] == ["attention.output.dense", "key", "query", "value"]
         assert written["modules_to_save"] == ["classifier"] and written["task_type"] == "SEQ_CLS"
@@ -274,14 +285,18 @@ def test_other_spellings_of_the_names_are_read(spelling: str, tmp_path: pathlib.
 
     config = models.BertConfig.tiny(task="classify", num_labels=3)
     params = models.build(config).init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
-    adapters = shaken(params, {r".*/query": lr.lora(rank=2), "classifier": lr.full(), r".*word_embeddings": lr.lora(rank=2)})
+    adapters = shaken(
+        params, {r".*/query": lr.lora(rank=2), "classifier": lr.full(), r".*word_embeddings": lr.lora(rank=2)}
+    )
     peft.save(adapters, tmp_path, architecture=config)
     change = {
         "no-prefix": lambda name: name.removeprefix(PREFIX),
-        "adapter-name": lambda name: name.replace("lora_A.", "lora_A.mine.")
-        .replace("lora_B.", "lora_B.mine.")
-        .replace("classifier.", "classifier.modules_to_save.mine.")
-        .replace("embedding_A", "embedding_A.mine"),
+        "adapter-name": lambda name: (
+            name.replace("lora_A.", "lora_A.mine.")
+            .replace("lora_B.", "lora_B.mine.")
+            .replace("classifier.", "classifier.modules_to_save.mine.")
+            .replace("embedding_A", "embedding_A.mine")
+        ),
         "base-prefix": lambda name: name.replace(".bert.", "."),
     }[spelling]
     renamed = {change(name): tensor for name, tensor in tensors_of(tmp_path).items()}

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from lowrank_jax.peft.targets import pattern_value, saves, selects, write_patterns, write_targets
 
-MODULES = ["a", *(f"a.{i}.{part}" for i in (0, 1, 10) for part in ("q", "out.dense", "mlp.dense", "mlp.out.dense")), "q", "b.a.0.q"]
+MODULES = [
+    "a",
+    *(f"a.{i}.{part}" for i in (0, 1, 10) for part in ("q", "out.dense", "mlp.dense", "mlp.out.dense")),
+    "q",
+    "b.a.0.q",
+]
 PARENTS = sorted({name.rsplit(".", n)[0] for name in MODULES for n in range(4)})
 
 

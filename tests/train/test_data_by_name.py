@@ -42,7 +42,9 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         where = SOURCES[name].published
         assert where is not None
         kind = type(published.make_builder(where))
-        monkeypatch.setattr(kind, "_split_generators", lambda self, manager: {s: iter(enumerate(rows)) for s, rows in splits.items()})
+        monkeypatch.setattr(
+            kind, "_split_generators", lambda self, manager: {s: iter(enumerate(rows)) for s, rows in splits.items()}
+        )
         monkeypatch.setattr(published, "_reach", lambda host: None)
 
     return replace
@@ -68,7 +70,11 @@ def test_classification(examples: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "first", "second"),
-    [("glue/qnli", "question", "sentence"), ("glue/qqp", "question1", "question2"), ("glue/mrpc", "sentence1", "sentence2")],
+    [
+        ("glue/qnli", "question", "sentence"),
+        ("glue/qqp", "question1", "question2"),
+        ("glue/mrpc", "sentence1", "sentence2"),
+    ],
 )
 def test_pairs(examples: Callable[..., None], name: str, first: str, second: str) -> None:
     examples(name, train=_glue(1, **{first: "a", second: "b"}))
@@ -121,7 +127,9 @@ def test_a_split_it_lacks() -> None:
         prepare("glue/sst2", "test")
 
 
-@pytest.mark.parametrize(("name", "files"), [("glue/sst2", "train.tsv and dev.tsv"), ("gsm8k", "train.jsonl"), ("e2e", "valid.txt")])
+@pytest.mark.parametrize(
+    ("name", "files"), [("glue/sst2", "train.tsv and dev.tsv"), ("gsm8k", "train.jsonl"), ("e2e", "valid.txt")]
+)
 def test_no_network(name: str, files: str, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise urllib.error.URLError("Name or service not known")

@@ -72,7 +72,9 @@ _TASKS = {
         skip_short=True,
     ),
     "rte": _Task("RTE", ("sentence1", "sentence2", "label"), _ENTAILMENT, None, "does one text entail the other"),
-    "sst2": _Task("SST-2", ("sentence", "label"), {"0": "negative", "1": "positive"}, None, "sentiment of phrases", ("sentence",)),
+    "sst2": _Task(
+        "SST-2", ("sentence", "label"), {"0": "negative", "1": "positive"}, None, "sentiment of phrases", ("sentence",)
+    ),
     "stsb": _Task("STS-B", ("sentence1", "sentence2", "score"), {}, None, "similarity of sentences, 0 to 5"),
     "wnli": _Task(
         "WNLI",
@@ -104,7 +106,9 @@ def _source(name: str, task: _Task) -> Source:
     published = Published("tensorflow_datasets.text.glue", f"glue/{name}", splits, record, _HOST)
     kind = "labelled" if task.labels else "scored"
     labels = tuple(task.labels.values())
-    return Source("classification", kind, labels, files, per_split(read), layout, None, f"GLUE: {task.about}", published)  # type: ignore[arg-type]
+    return Source(
+        "classification", kind, labels, files, per_split(read), layout, None, f"GLUE: {task.about}", published
+    )  # type: ignore[arg-type]
 
 
 def _label(path: pathlib.Path, number: int, task: _Task, label: str) -> str | float:

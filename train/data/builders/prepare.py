@@ -147,7 +147,9 @@ def _published(name: str, source: Source, where: Published, split: str) -> Prepa
 
 def _files(name: str, source: Source, directory: os.PathLike[str] | str | None) -> Files:
     if directory is None and source.asset is None:
-        raise DataError(f"{name} is read from files of yours: pass directory= (--config.data.directory), with {source.layout}.")
+        raise DataError(
+            f"{name} is read from files of yours: pass directory= (--config.data.directory), with {source.layout}."
+        )
     if directory is not None and source.asset is not None:
         raise DataError(f"{name} is fetched as an asset; leave out directory=.")
     root = assets.fetch(source.asset) if source.asset is not None else pathlib.Path(directory or ".").expanduser()

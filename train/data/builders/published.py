@@ -83,7 +83,9 @@ def _download(published: Published, builder: tfds.core.DatasetBuilder) -> None:
         builder.download_and_prepare()
     except (OSError, tfds.download.DownloadError, NonMatchingChecksumError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise DataError(f"tensorflow-datasets could not get {published.name} from {published.host} ({reason}).") from error
+        raise DataError(
+            f"tensorflow-datasets could not get {published.name} from {published.host} ({reason})."
+        ) from error
 
 
 def _reach(host: str) -> None:
