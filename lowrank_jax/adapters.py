@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
 from lowrank_jax.methods.base import Leaves, Method, build
@@ -90,6 +90,9 @@ def init(key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32) -> A
         assert method.init_shared is not None
         leaves = method.init_shared(jax.random.fold_in(key, _path_hash(name)), sites)
         shared[name] = {k: _cast(v, plan.shared_leaves[name][k].dtype or dtype) for k, v in leaves.items()}
+        sharding = next(filter(None, (named_sharding(flat[entry.site.path]) for entry in plan.entries)), None)
+        if sharding is not None:
+            shared[name] = jax.device_put(shared[name], NamedSharding(sharding.mesh, PartitionSpec()))
     return Adapters(made, shared, plan)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Order = Literal["descending", "ascending"]
@@ -18,17 +19,22 @@ class FreezeRowsState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]
 
 
-def frozen_rows(step: jax.Array | int, rank: jax.Array | int, freeze_steps: jax.Array | float) -> jax.Array:
+def frozen_rows(step: Any, rank: Any, freeze_steps: Any) -> jax.Array:
     """How many of ``rank`` rows are frozen at update ``step``: ``min(r, floor(r * step / freeze_steps))``, int32.
+
+    Args:
+      step: an int or an int32 array. rank: an int, or one for each element of a stack. freeze_steps: a number, which may be traced.
 
     Example:
       >>> [int(frozen_rows(step, 4, 8)) for step in (0, 1, 2, 7, 8, 99)]
       [0, 0, 1, 3, 4, 4]
     """
-    rank, run = jnp.asarray(rank, jnp.int32), jnp.asarray(freeze_steps, jnp.float32)
-    # The small offset keeps an exact multiple from rounding down in float32.
-    done = jnp.floor(rank * jnp.asarray(step, jnp.float32) / jnp.maximum(run, 1e-9) + 1e-4)
-    return jnp.where(step >= run, rank, jnp.minimum(rank, done.astype(jnp.int32)))
+    ranks = np.maximum(np.asarray(rank), 1)
+    # The step at which each row freezes, in float64 where the length of the run is known; the offset absorbs its rounding.
+    at = np.arange(1, ranks.max() + 1) * freeze_steps / ranks[..., None]
+    at = jnp.ceil(at - 1e-6) if isinstance(at, jax.Array) else np.ceil(at - 1e-6)
+    done = (jnp.asarray(step)[..., None] >= at.astype(np.int32)).sum(axis=-1)
+    return jnp.minimum(done, ranks).astype(jnp.int32)
 
 
 def freeze_rows(
@@ -69,7 +75,7 @@ def freeze_rows(
             if name != leaf or not hasattr(u, "shape"):
                 return u
             total = u.shape[-2]
-            used = jnp.asarray(total if ranks is None else ranks, jnp.int32)
+            used = np.asarray(total if ranks is None else ranks)
             used = used.reshape(u.shape[:-2]) if used.ndim else used
             frozen = frozen_rows(state.count, used, freeze_steps)[..., None]
             rows = jnp.arange(total)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from train.data.builders.source import DataError, Published, Record, Source, named_files, per_split, rows, text
 
@@ -104,11 +104,11 @@ def _source(name: str, task: _Task) -> Source:
     files = named_files(train="train.tsv", validation=f"dev{task.dev}.tsv")
     splits = {"train": "train", "validation": f"validation{task.dev}"}
     published = Published("tensorflow_datasets.text.glue", f"glue/{name}", splits, record, _HOST)
-    kind = "labelled" if task.labels else "scored"
+    kind: Literal["labelled", "scored"] = "labelled" if task.labels else "scored"
     labels = tuple(task.labels.values())
     return Source(
         "classification", kind, labels, files, per_split(read), layout, None, f"GLUE: {task.about}", published
-    )  # type: ignore[arg-type]
+    )
 
 
 def _label(path: pathlib.Path, number: int, task: _Task, label: str) -> str | float:
