@@ -81,7 +81,7 @@ for device in jax.devices():
 # ## A pretrained model and its plan
 #
 # An experiment is a configuration. This one says: MiniLM, 12,000 of the tweets, LaMDA of rank 32 on the six linear weights of each
-# layer, the classifier trained in full, 360 steps. Any field can be changed. `LOWRANK_JAX_TINY` is for the test that runs this
+# layer, the classifier trained in full, 300 steps. Any field can be changed. `LOWRANK_JAX_TINY` is for the test that runs this
 # notebook with toy weights in place of the real ones.
 
 # %%

@@ -28,7 +28,7 @@ def experiment(method: str, learning_rate: float, pattern: str = LINEAR, **field
     config.data.name, config.data.max_length, config.data.limit = "tweets", 48, 12_000
     config.adapter = rule(method, pattern, **fields)
     config.head = rule("full", HEAD, learning_rate=1e-3)
-    config.steps, config.batch_size, config.eval_batch_size = 360, 32, 100
+    config.steps, config.batch_size, config.eval_batch_size = 300, 32, 100
     config.learning_rate = learning_rate
-    config.eval_every, config.checkpoint_every = 120, 60
+    config.eval_every, config.checkpoint_every = 100, 50
     return config

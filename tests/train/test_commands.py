@@ -60,9 +60,14 @@ def test_merge_writes_what_our_loader_and_orbax_read(language, tmp_path):
     from lowrank_jax import models
 
     done = _command(
-        "train.merge", f"--adapter={language.adapter}", f"--hf={tmp_path / 'hf'}", f"--flax={tmp_path / 'flax'}"
+        "train.merge",
+        f"--adapter={language.adapter}",
+        f"--hf={tmp_path / 'hf'}",
+        f"--flax={tmp_path / 'flax'}",
+        f"--peft={tmp_path / 'peft'}",
     )
     assert done.returncode == 0, done.stderr
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (tmp_path / "peft").iterdir()}
     ours, plain = models.load(tmp_path / "hf", scan_layers=True).params, ocp.load(tmp_path / "flax")
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True))
     again = _command("train.merge", f"--adapter={language.adapter}", f"--hf={tmp_path / 'hf'}")
