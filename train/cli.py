@@ -82,6 +82,9 @@ def _parse(argv: list[str]) -> list[str]:
             .removeprefix("'")
             .replace("' Did you mean", ": did you mean")
         )
+        text = text.strip("\"'")
+        if " " not in text:
+            text = f"the configuration has no field {text!r}; train/config.py lists them"
         _exit(f"{' '.join(text.split())} (in {' '.join(a for a in argv[1:] if a.startswith('--config'))})")
     raise AssertionError
 
