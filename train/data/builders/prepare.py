@@ -1,7 +1,6 @@
 """Prepares a source with tensorflow-datasets as array_record files, readable at random, without TensorFlow.
 
-The name of a prepared data set contains a fingerprint of the source files: changed files give a new data set,
-    and
+The name of a prepared data set contains a fingerprint of the source files: changed files give a new data set, and
 equal files are prepared once.
 """
 
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -119,8 +119,10 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
     )
     try:
         builder = _build(config)
-    except FileExistsError:  # another process was first, with the same bytes: now they only need opening
-        builder = _build(config)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        builder = _build(config)  # another process was first, with the same bytes: now they only need opening
     if split not in builder.info.splits:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}.")
     return Prepared(source, builder.as_data_source(split=split), labels, f"{mark}-{builder.version}")
