@@ -120,7 +120,7 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
     try:
         builder = _build(config)
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+        if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
             raise
         builder = _build(config)  # another process was first, with the same bytes: now they only need opening
     if split not in builder.info.splits:
