@@ -133,7 +133,8 @@ def captured_energy(w: jax.Array, rank: int, *, key: jax.Array | None = None, me
     Args:
       w: ``[..., m, n]``, any real dtype.
       rank: between 1 and ``min(m, n)``.
-      key, method: see `svd`. The randomised figure is a lower bound, tight to a per cent or so.
+      key, method: see `svd`. The randomised figure is a lower bound, tight where the spectrum decays; on a
+        flat one (576-wide Gaussian noise, rank 32) it was 3% low.
 
     Returns:
       ``[...]``, between 0 and 1.
