@@ -16,11 +16,10 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
-from lowrank_jax.methods.base import Leaves, Method, build
-from lowrank_jax.plan import Entry, Plan
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, Seen, build
+from lowrank_jax.plan import SHARED, Entry, Plan, gather, local_kernel
 from lowrank_jax.sites import Site, flatten, named_sharding
-
-_SHARED = "shared:"  # prefix of shared leaves among the sites of a train tree
+from lowrank_jax.statistics import Statistics
 
 
 @struct.dataclass
@@ -56,7 +55,9 @@ class Count(NamedTuple):
 Train = dict[str, Leaves]
 
 
-def init(key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32) -> Adapters:
+def init(
+    key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32, statistics: Statistics | None = None
+) -> Adapters:
     """Makes a plan's adapters.
 
     Each site's randomness depends on ``key`` and its path only. Where the base is sharded over a mesh the leaves are laid out
@@ -64,9 +65,10 @@ def init(key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32) -> A
 
     Args:
       key: a PRNG key. params: the model's parameters; read, never changed. dtype: storage dtype of floating leaves.
+      statistics: what `lowrank_jax.collect` gathered, for methods whose init reads data.
 
     Raises:
-      ValueError: parameters of another model than the plan's.
+      ValueError: parameters of another model than the plan's; statistics that are missing or of other weights.
 
     Example:
       >>> import lowrank_jax as lr
@@ -80,11 +82,10 @@ def init(key: jax.Array, params: Any, plan: Plan, dtype: Any = jnp.float32) -> A
     made = {}
     for entry in plan.entries:
         weight = flat[entry.site.path]
-        kernel = weight if entry.method.needs_kernel else None
         sharding = named_sharding(weight)
         mesh = None if sharding is None else sharding.mesh
         make = _maker(entry.method, _anonymous(entry.site), entry.layers, jnp.dtype(dtype), mesh)
-        made[entry.site.path] = make(key, _path_hash(entry.site.path), kernel)
+        made[entry.site.path] = make(key, _path_hash(entry.site.path), gather(entry, weight, statistics))
     shared = {}
     for name, (method, sites) in plan.shared.items():
         assert method.init_shared is not None
@@ -109,9 +110,9 @@ def _maker(method: Method, site: Site, layers: tuple[int, ...] | None, dtype: An
     """One jitted initialiser for all sites of the same shape."""
     entry = Entry(site, method, layers)
 
-    def make(key: jax.Array, path_hash: jax.Array, weight: jax.Array | None) -> Leaves:
-        kernel = None if weight is None else local_kernel(entry, weight).astype(jnp.float32)
-        leaves = method.init(jax.random.fold_in(key, path_hash), entry.local, kernel)
+    def make(key: jax.Array, path_hash: jax.Array, given: Given) -> Leaves:
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+        leaves = method.init(jax.random.fold_in(key, path_hash), entry.local, wide)
         return {name: _cast(value, entry.leaves[name].dtype or dtype) for name, value in leaves.items()}
 
     shardings = None
@@ -135,14 +136,6 @@ def check_params(flat: Mapping[str, Any], plan: Plan) -> None:
                 f"{entry.site.path} {got} in these parameters; the plan was made for shape {entry.site.shape}. "
                 "Use the parameters the plan was made from, or make a new plan."
             )
-
-
-def local_kernel(entry: Entry, weight: jax.Array) -> jax.Array:
-    """A weight as the entry's method sees it: canonical, its stack cut down to the adapted layers."""
-    if entry.site.kind == "param":
-        return weight
-    matrix = entry.site.canonical(weight)
-    return matrix if entry.layers is None else matrix[jnp.asarray(entry.layers)]
 
 
 def partition(adapters: Adapters, step: int = 0, total_steps: int = 1) -> tuple[Train, Adapters]:
@@ -173,7 +166,7 @@ def partition(adapters: Adapters, step: int = 0, total_steps: int = 1) -> tuple[
         ours, others = _divide(adapters.shared[name], lambda n, d=described: plan.is_trained(d[n], step, total_steps))
         rest_shared[name] = others
         if ours:
-            train[_SHARED + name] = ours
+            train[SHARED + name] = ours
     return train, adapters.replace(sites=rest, shared=rest_shared)
 
 
@@ -184,7 +177,7 @@ def _divide(leaves: Leaves, trained: Any) -> tuple[Leaves, Leaves]:
 def join(train: Train, frozen: Adapters) -> Adapters:
     """Inverse of `partition`. Safe inside jit and grad."""
     sites = {path: {**leaves, **train.get(path, {})} for path, leaves in frozen.sites.items()}
-    shared = {name: {**leaves, **train.get(_SHARED + name, {})} for name, leaves in frozen.shared.items()}
+    shared = {name: {**leaves, **train.get(SHARED + name, {})} for name, leaves in frozen.shared.items()}
     return frozen.replace(sites=sites, shared=shared)
 
 
@@ -209,19 +202,28 @@ def count(adapters: Adapters) -> Count:
     """Parameters trained at the start, parameters frozen, and bytes."""
     arrays = jax.tree.leaves(adapters)
     total = sum(math.prod(x.shape) for x in arrays)
-    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(partition(adapters)[0]))
+    plan = adapters.plan
+    described = [(plan.by_path[p].leaves, leaves) for p, leaves in adapters.sites.items()]
+    described += [(plan.shared_leaves[name], leaves) for name, leaves in adapters.shared.items()]
+    trained = sum(math.prod(x.shape) for of, leaves in described for n, x in leaves.items() if plan.is_learned(of[n]))
     return Count(trained, total - trained, sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
 
 
-def expand(adapters: Adapters) -> dict[str, Form]:
+def expand(adapters: Adapters, key: jax.Array | None = None) -> dict[str, Form]:
     """The forms of every adapted weight, ``{path: form}``: what the bridges apply. Pure and differentiable.
 
     Runs once a step, outside the model. A stack of adapters gives forms with a leading axis of adapters.
+
+    Args:
+      key: of the training step, for methods that draw something in each; None: evaluation.
     """
 
     def one(sites: dict[str, Leaves], shared: dict[str, Leaves]) -> dict[str, Form]:
         return {
-            e.site.path: _expand_site(e, sites[e.site.path], shared, adapters.folded) for e in adapters.plan.entries
+            e.site.path: _expand_site(
+                e, sites[e.site.path], Context(shared.get(str(e.method), {}), key), adapters.folded
+            )
+            for e in adapters.plan.entries
         }
 
     if adapters.stacked is None:
@@ -229,9 +231,9 @@ def expand(adapters: Adapters) -> dict[str, Form]:
     return jax.vmap(one)(adapters.sites, adapters.shared)
 
 
-def _expand_site(entry: Entry, leaves: Leaves, shared: dict[str, Leaves], folded: bool) -> Form:
+def _expand_site(entry: Entry, leaves: Leaves, context: Context, folded: bool) -> Form:
     kept = {n: v for n, v in leaves.items() if not (folded and entry.leaves[n].anchor)}
-    form = entry.method.expand(entry.local, kept, shared.get(str(entry.method), {}))
+    form = entry.method.expand(entry.local, kept, context)
     return spread(entry, form)
 
 
@@ -241,6 +243,67 @@ def spread(entry: Entry, form: Form) -> Form:
         return form
     depth, rows = entry.site.shape[entry.site.batch[0]], jnp.asarray(entry.layers)
     return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape[1:]), x.dtype).at[rows].set(x), form)
+
+
+def penalty(params: Any, adapters: Adapters, key: jax.Array | None = None) -> jax.Array:
+    """What the plan's methods add to the loss (AdaLoRA's orthogonality, SoRA's sparsity); 0 where they add nothing.
+
+    Args:
+      params: the base. key: of the training step, for penalties that look at a part of the weights each time.
+
+    Returns:
+      A float32 scalar.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.ones((4, 3))}}
+      >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lora(rank=2)}))
+      >>> float(lr.penalty(params, adapters))
+      0.0
+    """
+    flat = flatten(params)
+    groups: dict[str, tuple[Method, dict[str, Seen]]] = {}
+    for entry in adapters.plan.entries:
+        if entry.method.penalty is not None:
+            path = entry.site.path
+            one = Seen(entry.local, adapters.sites[path], local_kernel(entry, flat[path]))
+            groups.setdefault(str(entry.method), (entry.method, {}))[1][path] = one
+    total = jnp.float32(0)
+    for name, (method, seen) in groups.items():
+        assert method.penalty is not None
+        total = total + method.penalty(seen, Context(adapters.shared.get(name, {}), key)).astype(jnp.float32)
+    return total
+
+
+def compact(adapters: Adapters) -> Adapters:
+    """The same adapter without what training needed and use does not: zeroed directions dropped, bits packed, routing resolved.
+
+    Acts like the argument, to rounding. A method that has no smaller form is left as it is. Runs on the host.
+
+    Raises:
+      ValueError: a folded adapter or a stack.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.ones((4, 3))}}
+      >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lora(rank=2)}))
+      >>> lr.compact(adapters).plan == adapters.plan
+      True
+    """
+    if adapters.folded or adapters.stacked is not None:
+        raise ValueError(
+            f"compact: the adapter is {'folded; unfold it first' if adapters.folded else 'a stack; take one of it'}."
+        )
+    entries, sites = [], dict(adapters.sites)
+    for entry in adapters.plan.entries:
+        if entry.method.compact is not None:
+            shared = jax.tree.map(np.asarray, adapters.shared.get(str(entry.method), {}))
+            method, leaves = entry.method.compact(entry.local, jax.tree.map(np.asarray, sites[entry.site.path]), shared)
+            sites[entry.site.path] = {name: jnp.asarray(value) for name, value in leaves.items()}
+            entry = replace(entry, method=method)
+        entries.append(entry)
+    plan = replace(adapters.plan, entries=tuple(entries))
+    return Adapters(sites, {name: adapters.shared[name] for name in plan.shared}, plan)
 
 
 def add(first: Adapters, second: Adapters) -> Adapters:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.adapters import Adapters, check_params, expand
 from lowrank_jax.folding import merged_weight
@@ -22,11 +25,28 @@ class Routes(NamedTuple):
     weights: dict[str, jax.Array]
 
 
-def routes(flat: Mapping[str, Any], adapters: Adapters) -> Routes:
+class Batch(NamedTuple):
+    """What a caller says of each row of its batch.
+
+    Attributes:
+      rows: ``[batch]`` int32, the adapter of each row in a stack of adapters; None: one adapter for all.
+      signals: ``{name: [batch]}``, inputs of methods that weigh each row by something (PETALface: image quality).
+    """
+
+    rows: jax.Array | None = None
+    signals: Mapping[str, jax.Array] = MappingProxyType({})
+
+
+def step_key(rng: jax.Array) -> jax.Array:
+    """The key of what methods draw once for all sites, from the key of the adapters' dropout."""
+    return jax.random.fold_in(rng, np.uint32(zlib.crc32(b"methods")))
+
+
+def routes(flat: Mapping[str, Any], adapters: Adapters, key: jax.Array | None = None) -> Routes:
     """Divides an adapter's sites between the factored and the dense route."""
     check_params(flat, adapters.plan)
     forms, weights = {}, {}
-    for path, form in expand(adapters).items():
+    for path, form in expand(adapters, key).items():
         entry = adapters.plan.by_path[path]
         if entry.route == "factored":
             forms[path] = form
@@ -56,12 +76,13 @@ def laid_leaves(form: Form, site: Site, stacked: bool) -> tuple[list[jax.Array],
     return laid, treedef
 
 
-def check_rows(rows: Any, adapters: Adapters) -> None:
+def check_batch(rows: Any, signals: Mapping[str, Any] | None, adapters: Adapters) -> Batch:
     """Raises a ValueError unless rows come with a stack of adapters."""
     if (rows is None) != (adapters.stacked is None):
         raise ValueError(
             "rows and a stack of adapters go together: pass rows=[...] with lowrank_jax.stack([...]), or neither of them."
         )
+    return Batch(rows, MappingProxyType({name: jnp.asarray(value) for name, value in (signals or {}).items()}))
 
 
 def check_used(laid: Collection[str], used: Collection[str], unused: str) -> None:
@@ -77,7 +98,7 @@ def check_used(laid: Collection[str], used: Collection[str], unused: str) -> Non
 
 
 def adapt_matmul(
-    form: Form, labels: Labels, x: jax.Array, y: jax.Array, weight: jax.Array, rng: Any, rows: jax.Array | None
+    form: Form, labels: Labels, x: jax.Array, y: jax.Array, weight: jax.Array, bias: Any, rng: Any, batch: Batch
 ) -> jax.Array:
     """The output of one matmul with its adapter, in the matmul's own layout."""
     order = labels.batch + labels.inputs + labels.outputs
@@ -86,19 +107,27 @@ def adapt_matmul(
     shape = kernel.shape
     flat_in = _product(shape[n_batch : n_batch + n_in])
     kernel = kernel.reshape(*shape[:n_batch], flat_in, -1)
-    if rows is not None and labels.batch:
+    if batch.rows is not None and labels.batch:
         raise UnsupportedError(
             "A different adapter on each row is not available for a matmul with batch axes of its own (experts)."
         )
+    flat_bias = None if bias is None else bias.reshape(*shape[:n_batch], -1)
     call = Call(
-        "dense", labels.canonical_input(x).astype(y.dtype), labels.canonical_output(y), kernel, _batched_matmul, rng
+        "dense",
+        labels.canonical_input(x).astype(y.dtype),
+        labels.canonical_output(y),
+        kernel,
+        _batched_matmul,
+        rng,
+        flat_bias,
     )
-    return labels.output(run(form, call, rows), weight.shape)
+    return labels.output(run(form, call, batch), weight.shape)
 
 
-def run(form: Form, call: Call, rows: jax.Array | None) -> jax.Array:
+def run(form: Form, call: Call, batch: Batch) -> jax.Array:
     """A form on a call, for the whole batch or with a different adapter for each row."""
-    return form.apply(call) if rows is None else apply_rows(form, rows, call)
+    call = call._replace(signals=batch.signals)
+    return form.apply(call) if batch.rows is None else apply_rows(form, batch.rows, call)
 
 
 def embed_call(ids: jax.Array, y: jax.Array, table: jax.Array) -> Call:
@@ -107,7 +136,12 @@ def embed_call(ids: jax.Array, y: jax.Array, table: jax.Array) -> Call:
 
 
 def conv_call(
-    x: jax.Array, y: jax.Array, kernel: jax.Array, convolve: Callable[[jax.Array, jax.Array], jax.Array], rng: Any
+    x: jax.Array,
+    y: jax.Array,
+    kernel: jax.Array,
+    bias: Any,
+    convolve: Callable[[jax.Array, jax.Array], jax.Array],
+    rng: Any,
 ) -> Call:
     """The call of a convolution; ``convolve(x, kernel)`` runs the module with another kernel and no bias."""
     window = kernel.shape[:-1]
@@ -115,7 +149,7 @@ def conv_call(
     def linear(x: jax.Array, w: jax.Array) -> jax.Array:
         return convolve(x, w.reshape(*window, w.shape[-1]))
 
-    return Call("conv", x, y, kernel.reshape(-1, kernel.shape[-1]), linear, rng)
+    return Call("conv", x, y, kernel.reshape(-1, kernel.shape[-1]), linear, rng, bias)
 
 
 def _batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -41,13 +41,20 @@ def merge(params: Any, adapters: Adapters) -> Any:
     for path, form in expand(adapters).items():
         entry = adapters.plan.by_path[path]
         new[path] = merged_weight(entry, flat[path], form)
-        update_bias = getattr(form, "delta_bias", None)
-        bias_path = f"{entry.site.module}/bias"
-        if update_bias is not None and bias_path in flat:
-            bias = new.get(bias_path, flat[bias_path])
-            change = update_bias(bias.reshape(*entry.site.batch_shape, -1))
-            if change is not None:
-                new[bias_path] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+        if entry.site.kind == "param":
+            continue
+        bias_path = f"{entry.site.module}/bias".lstrip("/")
+        bias = new.get(bias_path, flat.get(bias_path))
+        flat_bias = None if bias is None else bias.reshape(*entry.site.batch_shape, -1)
+        change = form.delta_bias(entry.site.canonical(flat[path]), flat_bias)
+        if change is None:
+            continue
+        if bias is None:
+            raise UnsupportedError(
+                f"{path}: {entry.method.name} adds a bias, and the module has none to merge it into. Keep the adapter, or make the model "
+                "with a bias."
+            )
+        new[bias_path] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
     _refuse_nonfinite(new)
     return with_leaves(params, new)
 

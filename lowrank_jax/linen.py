@@ -17,7 +17,18 @@ import jax
 from flax.core import meta
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.bridge import adapt_matmul, check_rows, check_used, conv_call, embed_call, laid_leaves, routes, run
+from lowrank_jax.bridge import (
+    Batch,
+    adapt_matmul,
+    check_batch,
+    check_used,
+    conv_call,
+    embed_call,
+    laid_leaves,
+    routes,
+    run,
+    step_key,
+)
 from lowrank_jax.forms import Form, UnsupportedError
 from lowrank_jax.layout import Labels, dense_equation
 from lowrank_jax.site_kinds import (
@@ -128,14 +139,20 @@ def sites(model: nn.Module, params: Any, *args: Any, **kwargs: Any) -> dict[str,
 
 
 def adapted(
-    model: nn.Module, adapters: Adapters, rows: jax.Array | None = None, unused: str = "error"
+    model: nn.Module,
+    adapters: Adapters,
+    rows: jax.Array | None = None,
+    unused: str = "error",
+    signals: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """``model.apply`` with an adapter: a function of the same signature.
 
     Args:
       rows: ``[batch]`` int32, the adapter of each row of the batch in a stack of adapters; -1 asks for the base.
       unused: ``error`` or ``ignore`` adapters whose weight no call of the function has used.
+      signals: ``{name: [batch]}``, for methods that weigh each row of the batch by something (PETALface).
 
+    With ``rngs={"dropout": key}`` the adapter is in training: its dropout is on, and methods that draw something in each step do.
     A model that compiles itself (nn.jit) is compiled once for each function made here; under an outer jax.jit that costs nothing.
 
     Raises (when called):
@@ -150,16 +167,18 @@ def adapted(
       >>> bool((adapted(model, adapters)(variables, x) == model.apply(variables, x)).all())
       True
     """
-    check_rows(rows, adapters)
+    batch = check_batch(rows, signals, adapters)
     token = next(_tokens)
     used: set[str] = set()
 
     def apply(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         params = meta.unbox(variables["params"])
         flat = flatten(params)
-        forms, weights = routes(flat, adapters)
+        rngs = kwargs.get("rngs")
+        key = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
+        forms, weights = routes(flat, adapters, None if key is None else step_key(key))
         laid, layout = _lay(params, forms, weights, adapters, token)
-        with _intercept(layout, rows, used, token):
+        with _intercept(layout, batch, used, token):
             out = model.apply({**variables, "params": laid}, *args, **kwargs)
         check_used(layout, used, unused)
         return out
@@ -168,9 +187,9 @@ def adapted(
 
 
 def apply(model: nn.Module, params: Any, adapters: Adapters, *args: Any, rows: jax.Array | None = None, unused: str = "error",
-          **kwargs: Any) -> Any:  # fmt: skip
+          signals: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:  # fmt: skip
     """``model.apply({'params': params}, *args, **kwargs)`` with an adapter; see `adapted`."""
-    return adapted(model, adapters, rows, unused)({"params": params}, *args, **kwargs)
+    return adapted(model, adapters, rows, unused, signals)({"params": params}, *args, **kwargs)
 
 
 def _lay(
@@ -204,7 +223,7 @@ def _holder(tree: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _intercept(layout: Mapping[str, Any], rows: jax.Array | None, used: set[str], token: int) -> Iterator[None]:
+def _intercept(layout: Mapping[str, Any], batch: Batch, used: set[str], token: int) -> Iterator[None]:
     busy = [False]  # a convolution runs a clone of its module, which must not be intercepted again
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -217,17 +236,18 @@ def _intercept(layout: Mapping[str, Any], rows: jax.Array | None, used: set[str]
         treedef = layout[path]
         leaves: list[Any] = [module.get_variable("params", _name(weight, n, token)) for n in range(treedef.num_leaves)]
         form = treedef.unflatten(leaves)
-        kernel = meta.unbox(module.get_variable("params", weight))
+        kernel, bias = (meta.unbox(module.get_variable("params", name)) for name in (weight, "bias"))
         drops = bool(getattr(form, "dropout", 0)) and module.has_rng("dropout")
         rng = module.make_rng("dropout") if drops else None
         if matmul is not None:
-            return adapt_matmul(form, matmul.labels(module, args, kwargs), matmul.input_of(args), y, kernel, rng, rows)
+            labels, x = matmul.labels(module, args, kwargs), matmul.input_of(args)
+            return adapt_matmul(form, labels, x, y, kernel, bias, rng, batch)
         x = input_of(args)
         if isinstance(module, nn.Embed):
             if context.method_name == "attend":
                 labels = Labels.parse("...d,vd->...v", x.ndim)
-                return adapt_matmul(form.transpose(), labels, x, y, kernel, rng, rows)
-            return run(form, embed_call(x, y, kernel), rows)
+                return adapt_matmul(form.transpose(), labels, x, y, kernel, None, rng, batch)
+            return run(form, embed_call(x, y, kernel), batch)
         if not _plain_conv(module):
             raise UnsupportedError(f"{path}: grouped and masked convolutions cannot carry this adapter; exclude it.")
 
@@ -239,7 +259,7 @@ def _intercept(layout: Mapping[str, Any], rows: jax.Array | None, used: set[str]
             finally:
                 busy[0] = False
 
-        return run(form, conv_call(x, y, kernel, convolve, rng), rows)
+        return run(form, conv_call(x, y, kernel, bias, convolve, rng), batch)
 
     with nn.intercept_methods(interceptor):
         yield

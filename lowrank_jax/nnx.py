@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.bridge import check_rows, check_used, laid_leaves, routes
+from lowrank_jax.bridge import check_batch, check_used, laid_leaves, routes, step_key
 from lowrank_jax.forms import UnsupportedError
 from lowrank_jax.nnx_modules import MATMULS, Installed, Run, install, site_of, targets, weights_of
 from lowrank_jax.site_kinds import Equation, Matmul, agree, matmul_site, trace
@@ -114,6 +114,7 @@ def apply(
     rows: jax.Array | None = None,
     method: str | Callable[..., Any] | None = None,
     rng: jax.Array | None = None,
+    signals: Mapping[str, Any] | None = None,
     unused: str = "error",
     **kwargs: Any,
 ) -> Any:
@@ -125,7 +126,9 @@ def apply(
       params: nested dict of weights, see `params`.
       rows: ``[batch]`` int32, the adapter of each row of the batch in a stack of adapters; -1 asks for the base.
       method: name of another method of the model, or a function of the model; None calls it.
-      rng: key of the adapters' dropout and, in the model's place, of its own random streams; None: no dropout in the adapters.
+      rng: key of the adapters' dropout and, in the model's place, of its own random streams; None: no dropout in the adapters, and
+        methods that draw something in each training step do not.
+      signals: ``{name: [batch]}``, for methods that weigh each row of the batch by something (PETALface).
       unused: ``error`` or ``ignore`` adapters whose weight the call does not use.
 
     Raises:
@@ -139,8 +142,7 @@ def apply(
       >>> bool((apply(model, params(model), adapters, x) == model(x)).all())
       True
     """
-    check_rows(rows, adapters)
-    this = Run(rows=rows)
+    this = Run(check_batch(rows, signals, adapters))
     copy = nnx.clone(model)
     variables = weights_of(copy)
     for path, value in flatten(params).items():
@@ -196,7 +198,8 @@ def _lay(model: nnx.Module, variables: Mapping[str, Any], adapters: Adapters, th
 
     ``variable``: the type of the factors' variables; None takes the weight's own, so that filters treat both alike.
     """
-    forms, weights = routes({path: v.get_value() for path, v in variables.items()}, adapters)
+    key = None if rng is None else step_key(rng)
+    forms, weights = routes({path: v.get_value() for path, v in variables.items()}, adapters, key)
     for path, weight in weights.items():
         variables[path].set_raw_value(weight)
     missing = dict(forms)

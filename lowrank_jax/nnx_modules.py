@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_jax.bridge import adapt_matmul, conv_call, embed_call, run
+from lowrank_jax.bridge import Batch, adapt_matmul, conv_call, embed_call, run
 from lowrank_jax.forms import Form, UnsupportedError
 from lowrank_jax.layout import Labels, dense_equation
 from lowrank_jax.site_kinds import Matmul, conv_site, embed_site, input_of, matmul_site, registered
@@ -42,7 +42,7 @@ _OTHERS: dict[Any, tuple[str, tuple[str, ...]]] = {
 class Run:
     """One `apply`: compared by identity, so that a transform inside the model never reuses a trace of another one."""
 
-    rows: jax.Array | None = None
+    batch: Batch = Batch()
     used: dict[str, int] = field(default_factory=dict)
     labels: list[tuple[str, tuple[int, ...], Labels]] | None = None
 
@@ -190,20 +190,22 @@ def _adapt(module: Any, original: Callable[..., Any], name: str, target: Target,
             "as in nnx.StateAxes, give lowrank_jax.nnx.Factor the axes of nnx.Param; lowrank_jax.nnx.apply needs no such change."
         )
     form: Form = installed.treedef.unflatten(leaves)
-    rows, calls = None, 0
+    batch, calls = Batch(), 0
     if installed.run is not None:
-        rows, calls = installed.run.rows, installed.run.used.get(installed.path, 0)
+        batch, calls = installed.run.batch, installed.run.used.get(installed.path, 0)
         installed.run.used[installed.path] = calls + 1
+    bias = getattr(module, "bias", None)
+    bias = bias.get_value() if isinstance(bias, nnx.Variable) else None
     key: Any = getattr(module, f"{installed.weight}:rng", None)
     rng = None if key is None else jax.random.fold_in(key.get_value().reshape(()), calls)
     if target.matmul is not None:
         x = target.matmul.input_of(args)
-        return adapt_matmul(form, target.matmul.labels(module, args, kwargs), x, y, weight, rng, rows)
+        return adapt_matmul(form, target.matmul.labels(module, args, kwargs), x, y, weight, bias, rng, batch)
     x = input_of(args)
     if target.base is nnx.Embed and name == "attend":
-        return adapt_matmul(form.transpose(), Labels.parse("...d,vd->...v", x.ndim), x, y, weight, rng, rows)
+        return adapt_matmul(form.transpose(), Labels.parse("...d,vd->...v", x.ndim), x, y, weight, None, rng, batch)
     if target.base is nnx.Embed:
-        return run(form, embed_call(x, y, weight), rows)
+        return run(form, embed_call(x, y, weight), batch)
     if not _plain(module):
         raise UnsupportedError(
             f"{installed.path}: grouped and masked convolutions cannot carry this adapter; exclude it."
@@ -214,4 +216,4 @@ def _adapt(module: Any, original: Callable[..., Any], name: str, target: Target,
         vars(bare).update({**vars(module), "kernel": nnx.Param(kernel), "bias": None, "use_bias": False})
         return original(bare, x)
 
-    return run(form, conv_call(x, y, weight, convolve, rng), rows)
+    return run(form, conv_call(x, y, weight, bias, convolve, rng), batch)

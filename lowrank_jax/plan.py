@@ -9,14 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lowrank_jax.forms import Leaf
-from lowrank_jax.methods.base import Method, build
+from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
 from lowrank_jax.sites import Site, describe, flatten, matches, no_match
 from lowrank_jax.sites import sites as find_sites
+from lowrank_jax.statistics import Statistics
+
+SHARED = "shared:"  # prefix of shared leaves among the sites of a train tree
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class Plan:
         start, stop = (math.ceil(fraction * total_steps - 1e-9) for fraction in leaf.trains)
         return start <= step < stop
 
+    def is_learned(self, leaf: Leaf, step: int = 0, total_steps: int = 1) -> bool:
+        """Whether a leaf is trained at a step by its gradient, which a state leaf is not."""
+        return not leaf.state and self.is_trained(leaf, step, total_steps)
+
     @property
     def trainable(self) -> int:
         """Trained parameters at the start of a run."""
@@ -144,10 +150,10 @@ class Plan:
         for entry in self.entries:
             layers = math.prod(entry.local.batch_shape)
             total += sum(
-                _size(leaf, layers) for leaf in entry.leaves.values() if self.is_trained(leaf, step, total_steps)
+                _size(leaf, layers) for leaf in entry.leaves.values() if self.is_learned(leaf, step, total_steps)
             )
         for leaves in self.shared_leaves.values():
-            total += sum(_size(leaf, 1) for leaf in leaves.values() if self.is_trained(leaf, step, total_steps))
+            total += sum(_size(leaf, 1) for leaf in leaves.values() if self.is_learned(leaf, step, total_steps))
         return total
 
     def to_config(self) -> list[dict[str, Any]]:
@@ -177,6 +183,7 @@ def plan(
     exclude: Sequence[str] = (),
     sites: Mapping[str, Site] | None = None,
     allow_dense: bool = False,
+    statistics: Statistics | None = None,
 ) -> Plan:
     """Decides which method adapts which weight of a model.
 
@@ -187,6 +194,7 @@ def plan(
       exclude: patterns of weights to leave alone, whatever the rules say.
       sites: what `lowrank_jax.linen.sites` or `lowrank_jax.nnx.sites` found; None: what the parameters alone tell.
       allow_dense: whether weights that no bridge can intercept may be adapted by adding a dense update to them.
+      statistics: for methods that allocate ranks from data (`lowrank_jax.collect`).
 
     Raises:
       ValueError: a pattern that matches nothing (names the nearest paths), layers a stack does not have, a rank above a
@@ -215,7 +223,7 @@ def plan(
             claims.pop(path, None)
     chosen = {path: min(claims[path], key=lambda c: c[:2])[2] for path in found if path in claims}
     entries = [Entry(found[path], rule.method, _stack_layers(found[path], rule)) for path, rule in chosen.items()]
-    entries = _allocate(entries, params)
+    entries = _allocate(entries, params, statistics)
     for entry in entries:
         if not entry.site.factored and entry.method.form.record.factored and not allow_dense:
             raise ValueError(
@@ -276,7 +284,7 @@ def _size(leaf: Leaf, layers: int) -> int:
 
 def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
     matched = [path for path in found if matches(pattern, path)]
-    kinds = rule.method.form.record.kinds
+    kinds = rule.method.site_kinds
     usable = [path for path in matched if found[path].kind in kinds]
     if not usable and matched:
         raise ValueError(
@@ -290,6 +298,34 @@ def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
     if not usable:
         raise ValueError(no_match(f"Pattern {pattern!r}", pattern, found))
     return usable
+
+
+def gather(entry: Entry, weight: Any, statistics: Statistics | None) -> Given:
+    """What an entry's method may read: its weight and statistics, canonical, of the adapted layers only.
+
+    Raises:
+      ValueError: statistics that were not collected, or from other weights; names the site.
+    """
+    needs = entry.method.needs
+    kernel = local_kernel(entry, jnp.asarray(weight)) if "kernel" in needs else None
+    values: dict[str, Any] = {} if kernel is None else {"kernel": kernel}
+    for name in sorted(needs - {"kernel"}):
+        if statistics is None:
+            raise ValueError(
+                f"{entry.method.name} at {entry.site.path} needs the {name} of the weight: collect it with "
+                f"lowrank_jax.collect and pass statistics=."
+            )
+        value = statistics.of(name, entry.site.path, weight)
+        values[name] = value if entry.layers is None else value[jnp.asarray(entry.layers)]
+    return Given(**values)
+
+
+def local_kernel(entry: Entry, weight: Any) -> Any:
+    """A weight as the entry's method sees it: canonical, its stack cut down to the adapted layers."""
+    if entry.site.kind == "param":
+        return weight
+    matrix = entry.site.canonical(weight)
+    return matrix if entry.layers is None else matrix[jnp.asarray(entry.layers)]
 
 
 def _layer_number(path: str) -> int | None:
@@ -307,8 +343,8 @@ def _stack_layers(site: Site, rule: Rule) -> tuple[int, ...] | None:
     return rule.layers if len(rule.layers) < depth else None
 
 
-def _allocate(entries: list[Entry], params: Any) -> list[Entry]:
-    """Lets methods that allocate (LaMDA++) choose each site's own method from the weights."""
+def _allocate(entries: list[Entry], params: Any, statistics: Statistics | None) -> list[Entry]:
+    """Lets methods that allocate (LaMDA++) choose each site's own method from the weights or from statistics."""
     groups: dict[Method, list[Entry]] = {}
     for entry in entries:
         if entry.method.allocate is not None:
@@ -318,17 +354,14 @@ def _allocate(entries: list[Entry], params: Any) -> list[Entry]:
     flat = flatten(params)
     own: dict[str, Method] = {}
     for method, members in groups.items():
-        kernels = {}
+        given = {}
         for entry in members:
             leaf = flat[entry.site.path]
-            if not isinstance(leaf, jax.Array) and not hasattr(leaf, "__array__"):
+            if "kernel" in method.needs and not hasattr(leaf, "__array__"):
                 raise ValueError(
                     f"{method.name} reads the weights to allocate ranks; {entry.site.path} is only a shape here."
                 )
-            weight = jnp.asarray(leaf)
-            if entry.layers is not None:
-                weight = jnp.take(weight, jnp.asarray(entry.layers), axis=entry.site.batch[0])
-            kernels[entry.site.path] = entry.local.canonical(weight)
+            given[entry.site.path] = gather(entry, leaf, statistics)
         assert method.allocate is not None
-        own |= method.allocate({e.site.path: e.local for e in members}, kernels)
+        own |= method.allocate({e.site.path: e.local for e in members}, given)
     return [replace(e, method=own[e.site.path]) if e.site.path in own else e for e in entries]

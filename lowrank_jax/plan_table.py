@@ -46,7 +46,7 @@ def render(plan: Plan) -> str:
         ))  # fmt: skip
     for name, leaves in plan.shared_leaves.items():
         size = sum(math.prod(leaf.shape) for leaf in leaves.values())
-        trained = sum(math.prod(leaf.shape) for leaf in leaves.values() if plan.is_trained(leaf))
+        trained = sum(math.prod(leaf.shape) for leaf in leaves.values() if plan.is_learned(leaf))
         totals = [totals[0] + trained, totals[1] + size - trained, totals[2] + 4 * size]
         rows.append(
             ("(shared)", "", "", name, "", "", f"{trained:,}", f"{size - trained:,}", human_bytes(4 * size), "")
@@ -74,7 +74,7 @@ def _sizes(entry: Entry) -> tuple[int, int, int]:
     for leaf in entry.leaves.values():
         n = layers * math.prod(leaf.shape)
         size += n * jnp.dtype(leaf.dtype or jnp.float32).itemsize
-        if leaf.trains is not None and leaf.trains[0] == 0:
+        if leaf.trains is not None and leaf.trains[0] == 0 and not leaf.state:
             used = n if leaf.count is None else leaf.count
             trained, frozen = trained + used, frozen + n - used
         else:

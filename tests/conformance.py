@@ -21,8 +21,9 @@ import numpy as np
 import optax
 import pytest
 from conformance_jaxpr import gradient_shapes
-from conformance_methods import METHODS, Config, Row
+from conformance_methods import METHODS
 from conformance_models import BRIDGES, KINDS, LAYOUTS, Model, build
+from conformance_row import Config, Row
 
 import lowrank_jax as lr
 from lowrank_jax import checkpoint
@@ -53,11 +54,30 @@ class Case:
     @functools.cached_property
     def plan(self) -> lr.Plan:
         sites = {path: site for path, site in self.model.sites.items() if site.kind != "param"}
-        return lr.plan(self.model.params, {".*": self.row.make()}, sites=sites)
+        return lr.plan(self.model.params, {".*": self.row.make()}, sites=sites, statistics=self.statistics)
+
+    @functools.cached_property
+    def statistics(self) -> lr.Statistics | None:
+        """What the method needs, collected on this model."""
+        method = self.row.make()
+        what = sorted(method.needs - {"kernel"})
+        if not what:
+            return None
+        sites = {path: site for path, site in self.model.sites.items() if site.kind in method.site_kinds}
+        if what == ["contribution"]:
+            tuned = jax.tree.map(lambda x: (x * 1.1).astype(x.dtype), self.model.params)
+            return lr.contributions(
+                self._statistic_loss, self.model.params, tuned, sites, [self.model.args], progress=False
+            )
+        return lr.collect(self._statistic_loss, self.model.params, sites, [self.model.args], what=what, progress=False)
+
+    def _statistic_loss(self, params: Any, adapters: lr.Adapters, args: Any) -> jax.Array:
+        y = self.model.apply(params, adapters, *args)
+        return jnp.mean((y - _target(y.shape)) ** 2)
 
     @functools.cached_property
     def adapters(self) -> lr.Adapters:
-        return lr.init(jax.random.key(1), self.model.params, self.plan)
+        return lr.init(jax.random.key(1), self.model.params, self.plan, statistics=self.statistics)
 
     def moved(self, seed: int = 0) -> lr.Adapters:
         """Random, far from init, and the same numbers in every bridge and layout."""
@@ -68,15 +88,27 @@ class Case:
 
     @functools.cached_property
     def apply(self) -> Callable[..., jax.Array]:
-        return jax.jit(self.model.apply)
+        return jax.jit(functools.partial(self.model.apply, **self.signals))
+
+    @functools.cached_property
+    def signals(self) -> dict[str, Any]:
+        row = self.row.signals
+        return {} if row is None else {"signals": {name: jnp.asarray(value) for name, value in row.items()}}
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return lr.optim.with_methods(optax.adamw(1e-2, weight_decay=0.1), self.plan, total_steps=10)
 
-    def loss(self, train: Any, frozen: lr.Adapters, params: Any) -> jax.Array:
-        y = self.model.apply(params, lr.join(train, frozen), *self.model.args)
+    def task_loss(self, train: Any, frozen: lr.Adapters, params: Any) -> jax.Array:
+        y = self.model.apply(params, lr.join(train, frozen), *self.model.args, **self.signals)
         return jnp.mean((y - _target(y.shape)) ** 2)
+
+    def loss(self, train: Any, frozen: lr.Adapters, params: Any) -> jax.Array:
+        return self.task_loss(train, frozen, params) + lr.penalty(params, lr.join(train, frozen))
+
+    @property
+    def mergeable(self) -> bool:
+        return self.row.make().form.record.delta
 
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
@@ -94,9 +126,14 @@ _case = functools.cache(Case)
 
 
 def cases(rows: Sequence[Row] = tuple(METHODS)) -> Iterator[Case]:
-    """Every method on every kind of site and in every layout: through both bridges where a row says ``everywhere``, else in turn."""
-    matrix = [(kind, "plain") for kind in KINDS] + [("mixed", layout) for layout in LAYOUTS]
+    """Every method on every kind of site and in every layout.
+
+    Where a row says ``everywhere``, all of it through both bridges. Otherwise the mixed model, which has every kind of site, in every
+    layout, and einsums with several in and out axes, the bridges taking turns.
+    """
     for number, row in enumerate(rows):
+        kinds = KINDS if row.everywhere else ("general",)
+        matrix = [(kind, "plain") for kind in kinds] + [("mixed", layout) for layout in LAYOUTS]
         for n, (kind, layout) in enumerate(matrix):
             for bridge in BRIDGES if row.everywhere else [BRIDGES[(n + number) % 2]]:
                 yield _case(row, bridge, kind, layout)
@@ -104,6 +141,12 @@ def cases(rows: Sequence[Row] = tuple(METHODS)) -> Iterator[Case]:
 
 def check(case: Case) -> None:
     """Runs every law on a case."""
+    method = case.row.make()
+    if not any(site.kind in method.site_kinds for site in case.model.sites.values()):
+        kinds = ", ".join(sorted(method.site_kinds))
+        with pytest.raises(ValueError, match=f"{method.name} applies to {kinds} weights only"):
+            _ = case.plan
+        return
     for law in LAWS:
         law(case)
 
@@ -123,6 +166,10 @@ def acts_as_its_update(case: Case) -> None:
     """Laws 2 and 3: the adapted model is the model with the paper's update added to its weights, and merging adds just that."""
     model, adapters = case.model, case.moved()
     before = jax.tree.map(lambda x: np.array(x), model.params)
+    if not case.mergeable:
+        with pytest.raises(UnsupportedError):
+            lr.merge(model.params, adapters)
+        return
     merged = lr.merge(model.params, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(model.params)
     exact = {**flatten(model.params), **_updated(case, adapters)}
@@ -142,10 +189,11 @@ def acts_as_its_update(case: Case) -> None:
 
 def merge_refuses_nonfinite(case: Case) -> None:
     """Law 3: NaN or infinity names the site and leaves everything as it was."""
-    for bad in (jnp.nan, jnp.inf):
+    for bad in (jnp.nan, jnp.inf) if case.mergeable else ():
         path = case.plan.entries[-1].site.path
         adapters = case.moved()
-        name = next(iter(adapters.sites[path]))
+        leaves = adapters.plan.by_path[path].leaves
+        name = next(n for n, x in adapters.sites[path].items() if _is_float(x) and not leaves[n].state)
         poisoned = {**adapters.sites[path], name: adapters.sites[path][name].at[..., 0].set(bad)}
         before = jax.tree.map(lambda x: np.array(x), case.model.params)
         with pytest.raises(ValueError, match=f"{path}: the merged weight is not finite"):
@@ -158,6 +206,7 @@ def trains_what_it_says(case: Case) -> None:
     params = case.model.params
     before = jax.tree.map(lambda x: np.array(x), (params, case.adapters))
     train, frozen = lr.partition(case.adapters)
+    states = {(e.site.path, n) for e in case.plan.entries for n, leaf in e.leaves.items() if leaf.state}
     trainable = {
         (e.site.path, n)
         for e in case.plan.entries
@@ -176,11 +225,15 @@ def trains_what_it_says(case: Case) -> None:
             reached = jax.tree.map(
                 lambda r, g: r | (np.abs(np.asarray(g)).reshape(*r.shape, -1).max(-1) > 0), reached, gradient
             )
-    assert all(r.all() for r in jax.tree.leaves(reached)), reached
+    learned = [r for p, leaves in reached.items() for n, r in leaves.items() if (p, n) not in states]
+    assert all(r.all() for r in learned), reached
     after = lr.join(train, frozen)
     _assert_same_bits(before[0], params)
     mask = lr.mask(case.adapters)
-    for trained, old, new in zip(*map(jax.tree.leaves, (mask, before[1], after)), strict=True):
+    for (place, trained), old, new in zip(jax.tree_util.tree_leaves_with_path(mask), jax.tree.leaves(before[1]),
+                                          jax.tree.leaves(after), strict=True):  # fmt: skip
+        if any(f"['{p}']['{n}']" in jax.tree_util.keystr(place) for p, n in states):
+            continue
         assert (np.asarray(new) != old).any() if trained else (np.asarray(new) == old).all()
 
 
@@ -203,14 +256,14 @@ def _agrees_with_reference(case: Case) -> None:
 def differentiates_nothing_else(case: Case) -> None:
     """Law 5 in the program itself: no product has the shape of a frozen weight's or leaf's gradient. ``full`` is the control."""
     train, frozen = lr.partition(case.adapters)
-    program = jax.make_jaxpr(jax.grad(case.loss))(train, frozen, case.model.params)
+    program = jax.make_jaxpr(jax.grad(case.task_loss))(train, frozen, case.model.params)
     found = gradient_shapes(program.jaxpr)
     kernels = set()
     for entry in case.plan.entries:
         site = entry.site
         local = [n for axis, n in enumerate(site.shape) if axis not in site.batch]
         kernels |= {tuple(sorted(local)), tuple(sorted((site.n_in, site.n_out)))}
-    if not _factored(case):
+    if all(e.method.form.record.dense_gradient for e in case.plan.entries):
         assert found & kernels
         return
     shapes = lambda leaves: {tuple(sorted(x.shape)) for x in jax.tree.leaves(leaves)}  # noqa: E731
@@ -221,11 +274,15 @@ def counts_as_the_paper(case: Case) -> None:
     """Law 6."""
     row, plan = case.row, case.plan
     end = row.count_end or row.count
+    sites = [entry.local for entry in plan.entries]
+    count_shared = row.count_shared(sites) if callable(row.count_shared) else row.count_shared
     layers = [(entry.site, config) for entry in plan.entries for config in _configs(entry)]
-    assert plan.trainable == row.count_shared + sum(row.count(site, config) for site, config in layers)
-    assert plan.count(9, 10) == row.count_shared + sum(end(site, config) for site, config in layers)
+    assert plan.trainable == count_shared + sum(row.count(site, config) for site, config in layers)
+    assert plan.count(9, 10) == count_shared + sum(end(site, config) for site, config in layers)
     padded = any(isinstance(dict(e.method.config).get("rank"), tuple) for e in plan.entries)
     assert padded or lr.count(case.adapters).trainable == plan.trainable
+    if not case.mergeable:
+        return
     for entry, update in _updates(case, case.moved()):
         flat = update.reshape(-1, *update.shape[-2:])
         for layer, config in zip(flat, _configs(entry), strict=True):
@@ -254,7 +311,7 @@ def rows_are_adapters(case: Case) -> None:
     rows = jnp.array([1, -1, 0, 1])
     if not all(e.method.form.record.rows for e in case.plan.entries):
         with pytest.raises(UnsupportedError, match="rows|dense route"):
-            model.apply(model.params, lr.stack(each), *model.args, rows=rows)
+            model.apply(model.params, lr.stack(each), *model.args, rows=rows, **case.signals)
         return
     alone = [case.apply(model.params, adapters, *model.args) for adapters in each]
     alone.append(model.run(model.params, *model.args))
@@ -262,6 +319,20 @@ def rows_are_adapters(case: Case) -> None:
     for n, row in enumerate(rows.tolist()):
         assert _difference(got[n], alone[row][n]) <= TOLERANCE
     _assert_same_bits(lr.take(lr.stack(each), 1), each[1])
+
+
+def compacts(case: Case) -> None:
+    """What is left after training acts the same, and is not larger."""
+    if all(e.method.compact is None for e in case.plan.entries):
+        return
+    adapters = case.moved()
+    small = lr.compact(adapters)
+    assert lr.count(small).bytes <= lr.count(adapters).bytes
+    got, expected = (
+        case.model.apply(case.model.params, x, *case.model.args, **case.signals) for x in (small, adapters)
+    )
+    assert _difference(got, expected) <= TOLERANCE
+    assert from_config(case.model.params, json.loads(json.dumps(small.plan.to_config()))) == small.plan
 
 
 def saves_and_loads(case: Case) -> None:
@@ -307,7 +378,7 @@ def refuses_bad_input(case: Case) -> None:
 
 LAWS = (
     init_is_the_base, acts_as_its_update, merge_refuses_nonfinite, trains_what_it_says, differentiates_nothing_else,
-    counts_as_the_paper, folds, rows_are_adapters, saves_and_loads, refuses_bad_input,
+    counts_as_the_paper, folds, rows_are_adapters, compacts, saves_and_loads, refuses_bad_input,
 )  # fmt: skip
 
 
@@ -361,7 +432,16 @@ def _updated(case: Case, adapters: lr.Adapters) -> dict[str, np.ndarray]:
         site = entry.site
         order = site.batch + site.inputs + site.outputs
         change = update.reshape([site.shape[a] for a in order]).transpose(np.argsort(order))
-        out[site.path] = np.asarray(flatten(case.model.params)[site.path], np.float64) + change
+        flat = flatten(case.model.params)
+        out[site.path] = np.asarray(flat[site.path], np.float64) + change
+        if case.row.bias_update is None:
+            continue
+        wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)  # noqa: E731
+        path, kernel = f"{site.module}/bias", wide(site.canonical(flat[site.path]))
+        bias = wide(flat[path].reshape(*site.batch_shape, -1)) if path in flat else None
+        shared = wide(adapters.shared.get(str(entry.method), {}))
+        if (moved := case.row.bias_update(wide(adapters.sites[site.path]), shared, kernel, bias)) is not None:
+            out[path] = wide(flat[path]) + moved.reshape(flat[path].shape)
     return out
 
 
@@ -374,6 +454,10 @@ def _configs(entry: Any) -> list[Config]:
 
 def _factored(case: Case) -> bool:
     return all(entry.route == "factored" for entry in case.plan.entries)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _layers(leaf: Any) -> tuple[int, ...]:

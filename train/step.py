@@ -85,22 +85,25 @@ def make_update(
 
     def loss_sum(
         train: Any, frozen: lr.Adapters, params: Any, batch: Any, rng: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        apply = lr.linen.adapted(model, lr.join(train, frozen))
-        return task.loss(task.logits(apply, {"params": params}, batch, {"dropout": rng}), batch)
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        adapters = lr.join(train, frozen)
+        apply = lr.linen.adapted(model, adapters)
+        total, weight = task.loss(task.logits(apply, {"params": params}, batch, {"dropout": rng}), batch)
+        # The sum is divided by the weight later; the penalty is not a mean over examples.
+        return total + weight * lr.penalty(params, adapters, rng), (total, weight)
 
     differentiate = jax.value_and_grad(loss_sum, has_aux=True)
 
     def update(state: State, frozen: lr.Adapters, params: Any, batch: Any) -> State:
         rng = jax.random.fold_in(key, state.step)
         if accumulate == 1:
-            (total, weight), grads = differentiate(state.train, frozen, params, batch, rng)
+            (_, (total, weight)), grads = differentiate(state.train, frozen, params, batch, rng)
         else:
             # Row i goes to microbatch i % accumulate, so that rows dealt out over a mesh stay where they are.
             parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
 
             def one(sums: Any, part: Any) -> tuple[Any, None]:
-                (total, weight), grads = differentiate(
+                (_, (total, weight)), grads = differentiate(
                     state.train, frozen, params, part[0], jax.random.fold_in(rng, part[1])
                 )
                 return jax.tree.map(jnp.add, sums, (total, weight, grads)), None

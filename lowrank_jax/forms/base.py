@@ -7,8 +7,9 @@ All-zero factors mean "no change" in every form, which is what makes a layer out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -28,6 +29,8 @@ class Leaf(NamedTuple):
       dtype: storage dtype, or None for the adapter's default (float32).
       anchor: whether the leaf belongs to a frozen anchor, the initial factors whose delta is subtracted.
       count: trainable numbers in the leaf over the whole stack where padding makes it differ from its size.
+      state: the leaf is not learned but set by the method's transform as training goes on (a mask, a counter): it travels with the trained
+        leaves, gets no gradient and is not counted.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +39,7 @@ class Leaf(NamedTuple):
     dtype: Any = None
     anchor: bool = False
     count: int | None = None  # type: ignore[assignment]
+    state: bool = False
 
 
 class Call(NamedTuple):
@@ -48,6 +52,8 @@ class Call(NamedTuple):
       kernel: the weight, ``[*batch, n_in, n_out]``.
       linear: ``(x, w [*batch, n_in, k]) -> [..., k]``, the site's own linear operation with another weight.
       rng: a key for dropout, or None outside training.
+      bias: the bias that ``y`` holds, ``[*batch, n_out]``, or None.
+      signals: what the caller says of each row of the batch, ``{name: [rows]}``; see ``signals=`` of the bridges.
     """
 
     kind: str
@@ -56,6 +62,15 @@ class Call(NamedTuple):
     kernel: jax.Array
     linear: Callable[[jax.Array, jax.Array], jax.Array]
     rng: jax.Array | None = None
+    bias: jax.Array | None = None
+    signals: Mapping[str, jax.Array] = MappingProxyType({})
+
+    def linear_output(self) -> jax.Array:
+        """The call's output without its bias."""
+        if self.bias is None:
+            return self.y
+        bias = self.bias.reshape(*self.bias.shape[:-1], *[1] * (self.y.ndim - self.bias.ndim), self.bias.shape[-1])
+        return self.y - bias.astype(self.y.dtype)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Record:
       delta: whether it has a dense update, so that it can be merged.
       rows: whether each row of a batch may have its own adapter.
       low_rank: whether it converts exactly to a LoRA.
+      dense_gradient: whether its backward pass forms one product of the kernel's shape at a time, of which it keeps some entries.
     """
 
     kinds: frozenset[str]
@@ -75,14 +91,16 @@ class Record:
     delta: bool = True
     rows: bool = True
     low_rank: bool = False
+    dense_gradient: bool = False
 
 
 class Form(Protocol):
     """The protocol: a pytree of factors.
 
     ``apply(call)`` gives the adapted output ``[*batch, ..., n_out]``. ``delta(kernel)`` gives the dense update
-    ``[*batch, n_in, n_out]`` in float32; ``kernel`` is the canonical weight. ``transpose()`` is the same map read backwards
-    (an embedding used to attend).
+    ``[*batch, n_in, n_out]`` in float32; ``kernel`` is the canonical weight. ``delta_bias(kernel, bias)`` gives the update of the bias
+    ``[*batch, n_out]``, or None: it stays; ``bias`` is None where the module has none. ``transpose()`` is the same map read
+    backwards (an embedding used to attend). `KeepsBias` is for forms that leave the bias alone.
     """
 
     record: ClassVar[Record]
@@ -91,7 +109,17 @@ class Form(Protocol):
 
     def delta(self, kernel: jax.Array) -> jax.Array: ...
 
+    def delta_bias(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array | None: ...
+
     def transpose(self) -> Form: ...
+
+
+class KeepsBias:
+    """What a form inherits that leaves the bias alone."""
+
+    def delta_bias(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array | None:
+        """None: the bias stays."""
+        return None
 
 
 class UnsupportedError(ValueError):
@@ -120,7 +148,9 @@ def apply_rows(form: Form, rows: jax.Array, call: Call) -> jax.Array:
     if call.y.shape[0] != rows.shape[0]:
         raise ValueError(f"rows has {rows.shape[0]} entries but the batch at this site has {call.y.shape[0]} rows.")
     own = jax.tree.map(lambda leaf: leaf[jnp.maximum(rows, 0)], form)
-    adapted = jax.vmap(lambda factors, x, y: factors.apply(call._replace(x=x, y=y)))(own, call.x, call.y)
+    signals = {name: value[:, None] for name, value in call.signals.items()}
+    one = lambda factors, x, y, signals: factors.apply(call._replace(x=x[None], y=y[None], signals=signals))[0]  # noqa: E731
+    adapted = jax.vmap(one)(own, call.x, call.y, signals)
     is_base = (rows < 0).reshape(-1, *[1] * (call.y.ndim - 1))
     return jnp.where(is_base, call.y, adapted)
 

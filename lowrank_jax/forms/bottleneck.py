@@ -55,9 +55,9 @@ class Bottleneck:
         update = self._linear()
         return kernel.astype(jnp.float32) @ update if self.sequential else update
 
-    def delta_bias(self, bias: jax.Array) -> jax.Array | None:
+    def delta_bias(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array | None:
         """The update of the weight's bias ``[*batch, n_out]``; None for a parallel adapter, which leaves it alone."""
-        if not self.sequential:
+        if not self.sequential or bias is None:
             return None
         return (bias.astype(jnp.float32)[..., None, :] @ self._linear())[..., 0, :]
 

@@ -27,6 +27,11 @@ class Chain:
 
     record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv", "embed"}))
 
+    @property
+    def dropout(self) -> float:
+        """Above 0 if any of the forms drops something in training."""
+        return max(getattr(form, "dropout", 0.0) for form in self.forms)
+
     def apply(self, call: Call) -> jax.Array:
         for form in self.forms:
             call = call._replace(y=form.apply(call))
@@ -37,6 +42,14 @@ class Chain:
         for form in self.forms:
             weight = weight + form.delta(weight)
         return weight - kernel.astype(jnp.float32)
+
+    def delta_bias(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array | None:
+        weight, total = kernel.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
+        for form in self.forms:
+            change = form.delta_bias(weight, total)
+            weight = weight + form.delta(weight)
+            total = total if change is None else change if total is None else total + change
+        return None if total is None else total if bias is None else total - bias.astype(jnp.float32)
 
     def transpose(self) -> Chain:
         return Chain(tuple(form.transpose() for form in self.forms))

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lowrank_jax.forms.base import Call, Record
+from lowrank_jax.forms.base import Call, KeepsBias, Record
 
 
 @struct.dataclass
-class Dense:
+class Dense(KeepsBias):
     """A weight that replaces the base's.
 
     Attributes:
@@ -29,7 +29,9 @@ class Dense:
 
     weight: jax.Array
 
-    record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv", "embed", "param"}), factored=False, rows=False)
+    record: ClassVar[Record] = Record(
+        kinds=frozenset({"dense", "conv", "embed", "param"}), factored=False, rows=False, dense_gradient=True
+    )
 
     def apply(self, call: Call) -> jax.Array:
         return call.y + call.linear(call.x, self.delta(call.kernel).astype(call.y.dtype))

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from lowrank_jax.forms._matmul import low_rank_matmul
-from lowrank_jax.forms.base import Call, Leaf, Record
+from lowrank_jax.forms.base import Call, KeepsBias, Leaf, Record
 from lowrank_jax.sites import Site
 
 
 @struct.dataclass
-class LowRank:
+class LowRank(KeepsBias):
     """Factors of a low-rank update.
 
     Attributes:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lowrank_jax.forms.base import Call, Record
+from lowrank_jax.forms.base import Call, KeepsBias, Record
 
 
 @struct.dataclass
-class Sparse:
+class Sparse(KeepsBias):
     """Entries of a sparse update.
 
     Attributes:
@@ -34,7 +34,7 @@ class Sparse:
     values: jax.Array
     shape: tuple[int, int] = struct.field(pytree_node=False)
 
-    record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv", "embed"}))
+    record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv", "embed"}), dense_gradient=True)
 
     def apply(self, call: Call) -> jax.Array:
         return call.y + call.linear(call.x, self.delta(call.kernel).astype(call.y.dtype))

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lowrank_jax.forms.base import Call, Record
+from lowrank_jax.forms.base import Call, KeepsBias, Record
 from lowrank_jax.forms.low_rank import LowRank
 
 
 @struct.dataclass
-class Tucker:
+class Tucker(KeepsBias):
     """Factors of a Tucker update ``scale * core x_1 u_1 ... x_k u_k x_out v``.
 
     Attributes:

@@ -12,7 +12,8 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
@@ -21,6 +22,52 @@ from lowrank_jax.forms import Form, Leaf
 from lowrank_jax.sites import Site
 
 Leaves = dict[str, jax.Array]
+
+# What `lowrank_jax.collect` can gather at a site, beside the kernel that needs no data:
+# ``gradient [*batch, n_in, n_out]`` mean gradient of the loss with respect to the weight;
+# ``covariance [*batch, n_in, n_in]`` mean of x x^T over the inputs;
+# ``contribution [*batch]`` share of the task's change that goes through the weight.
+STATISTICS = ("gradient", "covariance", "contribution")
+
+
+class Given(NamedTuple):
+    """What an initialiser may read of a site, all float32; None: its method does not ask for it.
+
+    Attributes:
+      kernel: the canonical weight ``[*batch, n_in, n_out]``. gradient, covariance, contribution: see `STATISTICS`.
+    """
+
+    kernel: jax.Array | None = None
+    gradient: jax.Array | None = None
+    covariance: jax.Array | None = None
+    contribution: jax.Array | None = None
+
+    def need(self, name: str) -> jax.Array:
+        """One of them that the method's ``needs`` names."""
+        value = getattr(self, name)
+        assert value is not None, f"the method's `needs` does not name {name!r}"
+        return value
+
+
+class Context(NamedTuple):
+    """What surrounds a method's sites when its leaves become factors.
+
+    Attributes:
+      shared: the leaves common to its sites, ``{name: array}``.
+      key: the randomness of one training step, the same at every site (fold a hash of the site's path in to tell them apart); None
+        outside training.
+    """
+
+    shared: Mapping[str, jax.Array] = MappingProxyType({})
+    key: jax.Array | None = None
+
+
+class Seen(NamedTuple):
+    """One site as a penalty sees it: the site, its leaves, and the canonical weight in its storage dtype."""
+
+    site: Site
+    leaves: Mapping[str, jax.Array]
+    kernel: jax.Array
 
 
 @dataclass(frozen=True)
@@ -31,33 +78,47 @@ class Method:
       form: the form it makes.
       leaves: ``site -> {name: Leaf}``, the abstract description of what is kept at a site; raises ValueError where the site
         does not fit (a rank above the dimension).
-      init: ``(key, site, kernel) -> {name: array}``; ``kernel`` is canonical float32, or None unless ``needs_kernel``.
-      expand: ``(site, leaves, shared) -> form``. Leaves of a folded anchor are absent.
+      init: ``(key, site, given) -> {name: array}``; ``given`` holds what ``needs`` names, see `Given`.
+      expand: ``(site, leaves, context) -> form``; see `Context`. Leaves of a folded anchor are absent.
       anchor: ``(site, leaves) -> form`` whose delta is subtracted from the base, or None: the method has no anchor.
       shared: ``sites -> {name: Leaf}`` kept once for all sites of the method; init_shared: ``(key, sites) -> {name: array}``.
       transform: ``total_steps -> optax transform`` that runs after the optimizer on this method's trainable leaves,
-        ``{path: {leaf: update}}``; None: nothing to add.
-      allocate: ``(sites, kernels) -> {path: Method}`` chooses each site's own method when a plan is made, from the weights.
+        ``{path: {leaf: update}}``, of all its sites at once; ``update`` gets the raw ``gradients`` by that name. None: nothing to add.
+      penalty: ``(seen, context) -> scalar`` added to the loss; ``seen`` is ``{path: Seen}``, all sites of the method. None: nothing.
+      allocate: ``(sites, given) -> {path: Method}`` chooses each site's own method when a plan is made, from ``{path: Given}``.
+      compact: ``(site, leaves, shared) -> (method, leaves)``, a smaller method that acts the same once training is over (zero
+        directions dropped, bits packed), numpy in and out; None: it is as small as it gets.
+      kinds: the site kinds it applies to; None: those of its form.
       exact_init: whether the delta at init is exactly zero; False: to rounding of the weights, or as the docstring says.
-      needs_kernel: whether ``init`` reads the weight.
+      needs: what ``init`` and ``allocate`` read: ``kernel`` (the weight) and names of `STATISTICS`.
       name, config: what it was made from, for equality, checkpoints and tables.
     """
 
     form: type[Any] = field(compare=False)
     leaves: Callable[[Site], dict[str, Leaf]] = field(compare=False)
-    init: Callable[[jax.Array, Site, jax.Array | None], Leaves] = field(compare=False)
-    expand: Callable[[Site, Mapping[str, jax.Array], Mapping[str, jax.Array]], Form] = field(compare=False)
+    init: Callable[[jax.Array, Site, Given], Leaves] = field(compare=False)
+    expand: Callable[[Site, Mapping[str, jax.Array], Context], Form] = field(compare=False)
     anchor: Callable[[Site, Mapping[str, jax.Array]], Form] | None = field(default=None, compare=False)
     shared: Callable[[tuple[Site, ...]], dict[str, Leaf]] | None = field(default=None, compare=False)
     init_shared: Callable[[jax.Array, tuple[Site, ...]], Leaves] | None = field(default=None, compare=False)
     transform: Callable[[int], optax.GradientTransformation] | None = field(default=None, compare=False)
-    allocate: Callable[[Mapping[str, Site], Mapping[str, Any]], dict[str, Method]] | None = field(
+    penalty: Callable[[Mapping[str, Seen], Context], jax.Array] | None = field(default=None, compare=False)
+    allocate: Callable[[Mapping[str, Site], Mapping[str, Given]], dict[str, Method]] | None = field(
         default=None, compare=False
     )
+    compact: Callable[[Site, Mapping[str, Any], Mapping[str, Any]], tuple[Method, dict[str, Any]]] | None = field(
+        default=None, compare=False
+    )
+    kinds: frozenset[str] | None = field(default=None, compare=False)
     exact_init: bool = field(default=True, compare=False)
-    needs_kernel: bool = field(default=False, compare=False)
+    needs: frozenset[str] = field(default=frozenset(), compare=False)
     name: str = ""
     config: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def site_kinds(self) -> frozenset[str]:
+        """The site kinds it applies to."""
+        return self.form.record.kinds if self.kinds is None else self.kinds
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.config)})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from lowrank_jax.forms import Dense, Leaf
-from lowrank_jax.methods.base import Leaves, Method, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, method
 from lowrank_jax.sites import Site
 
 
@@ -30,11 +30,11 @@ def full() -> Method:
             return {"weight": Leaf(site.shape, ("",) * len(site.shape))}
         return {"weight": Leaf((site.n_in, site.n_out), ("in", "out"))}
 
-    def init(key: jax.Array, site: Site, kernel: jax.Array | None) -> Leaves:
-        assert kernel is not None
+    def init(key: jax.Array, site: Site, given: Given) -> Leaves:
+        kernel = given.need("kernel")
         return {"weight": kernel}
 
-    def expand(site: Site, leaves: Mapping[str, jax.Array], shared: Mapping[str, jax.Array]) -> Dense:
+    def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> Dense:
         return Dense(leaves["weight"])
 
-    return Method(Dense, leaves, init, expand, needs_kernel=True)
+    return Method(Dense, leaves, init, expand, needs=frozenset({"kernel"}))

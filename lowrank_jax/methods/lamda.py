@@ -14,22 +14,25 @@ from lowrank_jax import linalg
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf, mid_leaf
 from lowrank_jax.methods.base import (
+    Context,
+    Given,
     Leaves,
     Method,
     check_choice,
     check_dropout,
-    check_rank,
     method,
     random_a,
     scaling,
 )
+from lowrank_jax.methods.ranks import Rank, largest, layer_ranks
+from lowrank_jax.methods.ranks import used as in_use
 from lowrank_jax.optim.freeze_rows import freeze_rows
 from lowrank_jax.sites import Site
 
 
 @method
 def lamda(
-    rank: int | tuple[int, ...] = 32,
+    rank: Rank = 32,
     alpha: float | None = None,
     dropout: float = 0.0,
     freeze: float = 0.3,
@@ -76,20 +79,12 @@ def lamda(
     check_dropout("lamda", dropout)
     if not 0 <= freeze <= 1:
         raise ValueError(f"lamda(freeze={freeze}): expected a fraction of the run in [0, 1].")
-    ranks = np.asarray(rank)
-    r = int(ranks.max())
+    r = largest(rank)
     scale = scaling(r, alpha)
     anchored = init == "svd_residual"
 
     def leaves(site: Site) -> dict[str, Leaf]:
-        layers = int(np.prod(site.batch_shape)) if site.batch_shape else 1
-        if ranks.ndim and ranks.size != layers:
-            raise ValueError(
-                f"lamda at {site.path}: {ranks.size} ranks for a stack of {layers}; give one rank for each."
-            )
-        for one in {int(ranks.min()), r}:
-            check_rank("lamda", one, site)
-        total = ranks if ranks.ndim else np.full(layers, r)
+        total = layer_ranks("lamda", rank, site)
         b_trains = (0.0, float(freeze)) if freeze > 0 else None
         kept = {
             "a": a_leaf(site, r, trains=None),
@@ -101,9 +96,9 @@ def lamda(
             kept["b0"] = b_leaf(site, r, trains=None, anchor=True)
         return kept
 
-    def init_leaves(key: jax.Array, site: Site, kernel: jax.Array | None) -> Leaves:
+    def init_leaves(key: jax.Array, site: Site, given: Given) -> Leaves:
         # Directions beyond a layer's own rank are zero in a, m and b, and so are all their gradients.
-        used = _used(site, ranks, r)
+        used = in_use(site, rank)
         if init == "official_code":
             a_key, m_key = jax.random.split(key)
             bound = 1 / np.sqrt(r)
@@ -111,7 +106,7 @@ def lamda(
             a = random_a(a_key, (*site.batch_shape, site.n_in, r))
             b = jnp.zeros((*site.batch_shape, r, site.n_out))
             return {"a": a * used[..., None, :], "m": m * used[..., None] * used[..., None, :], "b": b}
-        assert kernel is not None
+        kernel = given.need("kernel")
         u, sigma, vt = linalg.svd(kernel, r, key=key, method=svd)
         u, vt = u * used[..., None, :], vt * used[..., None]
         if init == "svd_zero":
@@ -126,7 +121,7 @@ def lamda(
         b = vt * in_b[..., None]
         return {"a": u * in_a[..., None, :], "m": m, "b": b, "m0": m, "b0": b}
 
-    def expand(site: Site, leaves: Mapping[str, jax.Array], shared: Mapping[str, jax.Array]) -> LowRank:
+    def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> LowRank:
         if "m0" in leaves:
             # a is common to both, so update minus anchor is one LowRank of rank r, and exactly zero at init.
             difference = leaves["m"] @ leaves["b"] - leaves["m0"] @ leaves["b0"]
@@ -146,11 +141,5 @@ def lamda(
         expand,
         anchor=anchor if anchored else None,
         transform=transform if freeze > 0 else None,
-        needs_kernel=init != "official_code",
+        needs=frozenset() if init == "official_code" else frozenset({"kernel"}),
     )
-
-
-def _used(site: Site, ranks: np.ndarray, r: int) -> jax.Array:
-    """1 for the directions in use, ``[*batch, r]``."""
-    per_layer = ranks.reshape(site.batch_shape) if ranks.ndim else np.full(site.batch_shape, r)
-    return jnp.asarray(np.arange(r) < per_layer[..., None], jnp.float32)

@@ -10,8 +10,9 @@ import jax
 
 from lowrank_jax import linalg
 from lowrank_jax.allocate import Item, allocate
-from lowrank_jax.methods.base import Method, check_choice, method
+from lowrank_jax.methods.base import Given, Method, check_choice, method
 from lowrank_jax.methods.lamda import lamda
+from lowrank_jax.methods.ranks import of_stack
 from lowrank_jax.sites import Site
 
 
@@ -58,11 +59,11 @@ def lamda_pp(
     fields: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "freeze": freeze, "core": core, "svd": svd}
     uniform = lamda(rank=rank, **fields)
 
-    def choose(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, Method]:
+    def choose(sites: Mapping[str, Site], given: Mapping[str, Given]) -> dict[str, Method]:
         groups: dict[tuple[int, int] | None, list[Item]] = {}
         for path, site in sites.items():
             shares = linalg.captured_energy(
-                kernels[path], min(rank, site.max_rank), key=jax.random.key(0), method="randomized"
+                given[path].need("kernel"), min(rank, site.max_rank), key=jax.random.key(0), method="randomized"
             )
             for layer, share in enumerate(shares.reshape(-1).tolist()):
                 item = Item(f"{path}\0{layer:06d}", 1 - share, site.max_rank, _cost(budget, site))
@@ -73,12 +74,12 @@ def lamda_pp(
         own = {}
         for path, site in sites.items():
             layers = math.prod(site.batch_shape)
-            each = tuple(ranks[f"{path}\0{layer:06d}"] for layer in range(layers))
-            own[path] = lamda(rank=each if site.batch_shape else each[0], **fields)
+            each = [ranks[f"{path}\0{layer:06d}"] for layer in range(layers)]
+            own[path] = lamda(rank=of_stack(each, site), **fields)
         return own
 
     return Method(uniform.form, uniform.leaves, uniform.init, uniform.expand, anchor=uniform.anchor,
-                  transform=uniform.transform, allocate=choose, needs_kernel=True)  # fmt: skip
+                  transform=uniform.transform, allocate=choose, needs=frozenset({"kernel"}))  # fmt: skip
 
 
 def _cost(budget: str, site: Site) -> Any:

@@ -10,17 +10,30 @@ import jax.numpy as jnp
 
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf
-from lowrank_jax.methods.base import Leaves, Method, check_choice, check_dropout, check_rank, method, random_a, scaling
+from lowrank_jax.methods.base import (
+    Context,
+    Given,
+    Leaves,
+    Method,
+    check_choice,
+    check_dropout,
+    method,
+    random_a,
+    scaling,
+)
+from lowrank_jax.methods.ranks import Rank, largest, layer_ranks, used
+from lowrank_jax.optim.scale_leaf import scale_leaf
 from lowrank_jax.sites import Site
 
 
 @method
 def lora(
-    rank: int = 8,
+    rank: Rank = 8,
     alpha: float | None = None,
     init: Literal["kaiming", "gaussian"] = "kaiming",
     rank_stabilised: bool = False,
     dropout: float = 0.0,
+    plus: float = 1.0,
 ) -> Method:
     """LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685).
 
@@ -28,10 +41,12 @@ def lora(
     Count: ``r * (n_in + n_out)``.
 
     Args:
-      rank: r. alpha: ``s = alpha / r``; None takes alpha = rank.
+      rank: r, or one for each element of a stacked weight (layers of a scan, flattened); the stack is padded to the largest.
+      alpha: ``s = alpha / r``; None takes alpha = rank.
       init: ``kaiming``: ``a`` uniform in +-1/sqrt(n_in), as in PEFT; ``gaussian``: normal with standard deviation 1/r.
       rank_stabilised: ``s = alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
       dropout: on the input of this path, during training.
+      plus: learning rate of ``b`` over that of ``a`` (LoRA+, arXiv 2402.12354, which recommends 16).
 
     Raises:
       ValueError: an unknown init, or (at a site) a rank above its smaller dimension.
@@ -42,17 +57,22 @@ def lora(
     """
     check_choice("lora", "init", init, ("kaiming", "gaussian"))
     check_dropout("lora", dropout)
-    scale = scaling(rank, alpha, rank_stabilised)
+    if not plus > 0:
+        raise ValueError(f"lora(plus={plus}): expected a positive ratio of learning rates.")
+    r = largest(rank)
+    scale = scaling(r, alpha, rank_stabilised)
 
     def leaves(site: Site) -> dict[str, Leaf]:
-        check_rank("lora", rank, site)
-        return {"a": a_leaf(site, rank), "b": b_leaf(site, rank)}
+        total = int(layer_ranks("lora", rank, site).sum())
+        return {"a": a_leaf(site, r, count=total * site.n_in), "b": b_leaf(site, r, count=total * site.n_out)}
 
-    def init_leaves(key: jax.Array, site: Site, kernel: jax.Array | None) -> Leaves:
-        a = random_a(key, (*site.batch_shape, site.n_in, rank), init)
-        return {"a": a, "b": jnp.zeros((*site.batch_shape, rank, site.n_out))}
+    def init_leaves(key: jax.Array, site: Site, given: Given) -> Leaves:
+        # Directions beyond a layer's own rank are zero in a and b, and so are all their gradients.
+        a = random_a(key, (*site.batch_shape, site.n_in, r), init) * used(site, rank)[..., None, :]
+        return {"a": a, "b": jnp.zeros((*site.batch_shape, r, site.n_out))}
 
-    def expand(site: Site, leaves: Mapping[str, jax.Array], shared: Mapping[str, jax.Array]) -> LowRank:
+    def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> LowRank:
         return LowRank(leaves["a"], leaves["b"], scale=scale, dropout=dropout)
 
-    return Method(LowRank, leaves, init_leaves, expand)
+    transform = None if plus == 1 else lambda total_steps: scale_leaf("b", plus)
+    return Method(LowRank, leaves, init_leaves, expand, transform=transform)

@@ -10,7 +10,17 @@ import jax
 from lowrank_jax import linalg
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf, mid_leaf
-from lowrank_jax.methods.base import Leaves, Method, check_choice, check_dropout, check_rank, method, scaling
+from lowrank_jax.methods.base import (
+    Context,
+    Given,
+    Leaves,
+    Method,
+    check_choice,
+    check_dropout,
+    check_rank,
+    method,
+    scaling,
+)
 from lowrank_jax.sites import Site
 
 
@@ -51,14 +61,14 @@ def lora_xs(
             "b": b_leaf(site, rank, trains=None),
         }
 
-    def init(key: jax.Array, site: Site, kernel: jax.Array | None) -> Leaves:
-        assert kernel is not None
+    def init(key: jax.Array, site: Site, given: Given) -> Leaves:
+        kernel = given.need("kernel")
         svd_key, core_key = jax.random.split(key)
         u, sigma, vt = linalg.svd(kernel, rank, key=svd_key, method=svd)
         m = init_std * jax.random.normal(core_key, (*site.batch_shape, rank, rank))
         return {"a": u * sigma[..., None, :], "m": m, "b": vt}
 
-    def expand(site: Site, leaves: Mapping[str, jax.Array], shared: Mapping[str, jax.Array]) -> LowRank:
+    def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> LowRank:
         return LowRank(leaves["a"], leaves["b"], leaves["m"], scale=scale, dropout=dropout)
 
-    return Method(LowRank, leaves, init, expand, exact_init=False, needs_kernel=True)
+    return Method(LowRank, leaves, init, expand, exact_init=False, needs=frozenset({"kernel"}))

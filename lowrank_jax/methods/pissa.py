@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lowrank_jax import linalg
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf
-from lowrank_jax.methods.base import Leaves, Method, check_choice, check_rank, method, scaling
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_rank, method, scaling
 from lowrank_jax.sites import Site
 
 
@@ -47,14 +47,14 @@ def pissa(rank: int = 16, alpha: float | None = None, svd: Literal["randomized",
             "b0": b_leaf(site, rank, **frozen),
         }
 
-    def init(key: jax.Array, site: Site, kernel: jax.Array | None) -> Leaves:
-        assert kernel is not None
+    def init(key: jax.Array, site: Site, given: Given) -> Leaves:
+        kernel = given.need("kernel")
         u, sigma, vt = linalg.svd(kernel, rank, key=key, method=svd)
         root = jnp.sqrt(sigma / scale)
         a, b = u * root[..., None, :], root[..., None] * vt
         return {"a": a, "b": b, "a0": a, "b0": b}
 
-    def expand(site: Site, leaves: Mapping[str, jax.Array], shared: Mapping[str, jax.Array]) -> LowRank:
+    def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> LowRank:
         a, b = leaves["a"], leaves["b"]
         if "a0" in leaves:
             a = jnp.concatenate([a, leaves["a0"]], axis=-1)
@@ -64,4 +64,4 @@ def pissa(rank: int = 16, alpha: float | None = None, svd: Literal["randomized",
     def anchor(site: Site, leaves: Mapping[str, jax.Array]) -> LowRank:
         return LowRank(leaves["a0"], leaves["b0"], scale=scale)
 
-    return Method(LowRank, leaves, init, expand, anchor=anchor, exact_init=False, needs_kernel=True)
+    return Method(LowRank, leaves, init, expand, anchor=anchor, exact_init=False, needs=frozenset({"kernel"}))

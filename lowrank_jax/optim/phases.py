@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_jax.plan import Plan
+from lowrank_jax.plan import SHARED, Plan
 
 
 def with_methods(tx: optax.GradientTransformation, plan: Plan, total_steps: int) -> optax.GradientTransformation:
     """An optimizer followed by what the plan's methods add to it, such as LaMDA's row freezing.
 
-    The methods come last, so what they do to an update (zero it) is final: weight decay and momentum included.
+    The methods come last, so what they do to an update (zero it) is final: weight decay and momentum included. Each sees the updates of
+    all its sites, ``{path: {leaf: update}}``, and the gradients that the optimizer was given as the extra argument ``gradients``.
 
     Args:
       tx: an optax optimizer for the train tree ``{path: {leaf: array}}`` of `lowrank_jax.partition`.
@@ -27,18 +28,35 @@ def with_methods(tx: optax.GradientTransformation, plan: Plan, total_steps: int)
       >>> tx = lr.optim.with_methods(optax.adamw(1e-3), plan, total_steps=100)
       >>> state = tx.init(train)
     """
-    owners = {entry.site.path: entry.method for entry in plan.entries if entry.method.transform is not None}
-    transforms = {str(method): method.transform(total_steps) for method in owners.values() if method.transform}
+    transforms, owned = {}, {}
+    for entry in plan.entries:
+        if entry.method.transform is not None:
+            name = str(entry.method)
+            if name not in transforms:
+                transforms[name] = optax.with_extra_args_support(entry.method.transform(total_steps))
+                owned[name] = {SHARED + name}
+            owned[name].add(entry.site.path)
     if not transforms:
         return tx
+    tx = optax.with_extra_args_support(tx)
 
-    def labels(train: Any) -> Any:
-        return {
-            path: {name: str(owners[path]) if path in owners else "" for name in leaves}
-            for path, leaves in train.items()
-        }
+    def part(train: Any, name: str) -> Any:
+        return None if train is None else {path: leaves for path, leaves in train.items() if path in owned[name]}
 
-    return optax.chain(tx, optax.partition({"": optax.identity(), **transforms}, labels))
+    def init(train: Any) -> Any:
+        return tx.init(train), {name: own.init(part(train, name)) for name, own in transforms.items()}
+
+    def update(gradients: Any, state: Any, train: Any = None, **extra: Any) -> Any:
+        updates, first = tx.update(gradients, state[0], train, **extra)
+        states = {}
+        for name, own in transforms.items():
+            changed, states[name] = own.update(
+                part(updates, name), state[1][name], part(train, name), gradients=part(gradients, name)
+            )
+            updates = {**updates, **changed}
+        return updates, (first, states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def carry_state(tx: optax.GradientTransformation, old: Any, new_train: Any) -> Any:

@@ -75,7 +75,7 @@ def numpy_delta(name, form):
 def test_applying_is_the_weight_plus_the_delta(name):
     form, delta = FORMS[name], numpy_delta(name, FORMS[name])
     np.testing.assert_allclose(form.delta(KERNEL), delta, atol=1e-5)
-    bias_delta = getattr(form, "delta_bias", lambda bias: None)(BIAS)
+    bias_delta = form.delta_bias(KERNEL, BIAS)
     bias = BIAS if bias_delta is None else BIAS + bias_delta
     expected = np.asarray(X, np.float64) @ (np.asarray(KERNEL, np.float64) + delta) + np.asarray(bias)
     np.testing.assert_allclose(form.apply(dense_call(X, KERNEL, BIAS)), expected, atol=1e-5 * np.abs(expected).max())

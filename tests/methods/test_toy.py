@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance_row import Row
 
 import lowrank_jax as lr
 from lowrank_jax.forms import Leaf, LowRank
@@ -25,7 +26,7 @@ def toy_vector(rank: int = RANK) -> lr.Method:
         check_rank("toy_vector", rank, site)
         return {"d": Leaf((rank,), ("rank",)), "c": Leaf((site.n_out,), ("out",))}
 
-    def init(key, site, kernel):
+    def init(key, site, given):
         return {"d": jnp.full((*site.batch_shape, rank), START), "c": jnp.zeros((*site.batch_shape, site.n_out))}
 
     def shared(sites):
@@ -36,7 +37,8 @@ def toy_vector(rank: int = RANK) -> lr.Method:
         shapes = {name: leaf.shape for name, leaf in shared(sites).items()}
         return {name: jax.random.normal(jax.random.fold_in(key, n), shapes[name]) for n, name in enumerate("ab")}
 
-    def expand(site, leaves, shared):
+    def expand(site, leaves, context):
+        shared = context.shared
         a = jnp.broadcast_to(shared["a"][: site.n_in], (*site.batch_shape, site.n_in, rank))
         b = shared["b"][:, : site.n_out] * leaves["c"][..., None, :]
         return LowRank(a, b, leaves["d"])
@@ -49,7 +51,7 @@ def update(p, shared, kernel):
     return np.einsum("ir,...r,ro,...o->...io", a, p["d"], b, p["c"])
 
 
-ROW = conformance.Row("toy_vector", toy_vector, lambda s, c: RANK + s.n_out, update, lambda c: c["rank"])
+ROW = Row("toy_vector", toy_vector, lambda s, c: RANK + s.n_out, update, lambda c: c["rank"])
 
 
 @pytest.mark.parametrize("case", conformance.cases([ROW]), ids=str)
