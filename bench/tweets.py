@@ -12,21 +12,14 @@ and a run that is there already is not made again: the command may be stopped an
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
 import lowrank_jax as lr
+from bench.classify import LINEAR, Trainer, base, data, head_count
 from bench.common import RESULTS, machine, table, write_json
-from lowrank_jax import assets, models
-from lowrank_jax.models.tokenizer import load_tokenizer
-from train.data import load as load_data
 
 METHODS: dict[str, lr.Method] = {
     "full": lr.full(),
@@ -40,94 +33,8 @@ METHODS: dict[str, lr.Method] = {
     "lamda/svd_zero": lr.lamda(rank=32, init="svd_zero"),
     "lamda/official_code": lr.lamda(rank=32, init="official_code"),
 }
-LINEAR = r".*/(query|key|value|attention/output|mlp/intermediate|mlp/output)"
-HEAD_RATE = 2e-3
-HEAD_COUNT = 384 * 3 + 3  # trained by every method alike
+HEAD_COUNT = head_count()  # trained by every method alike
 LOG = RESULTS / "tweets.jsonl"
-
-
-@functools.cache
-def base() -> tuple[Any, Any, Any]:
-    """The pretrained model with a fresh head, its parameters and its tokenizer."""
-    folder = assets.fetch("minilm")
-    loaded = models.load(folder, task="classify", num_labels=3, classifier_pooling="mean", scan_layers=True)
-    return loaded.model, loaded.params, load_tokenizer(folder)
-
-
-def cosine(steps: Any) -> Any:
-    """Linear warmup over the first tenth, then half a cosine to zero; ``steps`` may be traced."""
-    return lambda count: jnp.minimum(count / (0.1 * steps), 0.5 + 0.5 * jnp.cos(jnp.pi * (count / steps - 0.1) / 0.9))
-
-
-@functools.cache
-def data(split: str, seed: int, limit: int | None) -> Any:
-    return load_data("tweets", split, base()[2], batch_size=32, max_length=48, seed=seed, limit=limit)
-
-
-class Trainer:
-    """One method's compiled steps for every learning rate, seed and length of run: these are arguments, so nothing compiles twice."""
-
-    def __init__(self, name: str):
-        self.method = METHODS[name]
-        model, params, _ = base()
-        self.plan = lr.plan(params, {LINEAR: self.method, "classifier": lr.full()})
-
-        def optimizer(steps: Any) -> Any:
-            adam = optax.chain(
-                optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(cosine(steps))
-            )
-            return lr.optim.with_methods(adam, self.plan, steps)
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(train: Any, state: Any, frozen: Any, params: Any, batch: Any, rate: Any, steps: Any) -> Any:
-            def loss_of(train: Any) -> Any:
-                logits = lr.linen.apply(
-                    model, params, lr.join(train, frozen), batch["tokens"], attention_mask=batch["mask"]
-                )
-                return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-
-            loss, gradients = jax.value_and_grad(loss_of)(train)
-            updates, state = optimizer(steps).update(gradients, state, train)
-            updates = {
-                path: jax.tree.map(lambda u, p=path: -u * (HEAD_RATE if "classifier" in p else rate), leaves)
-                for path, leaves in updates.items()
-            }
-            return optax.apply_updates(train, updates), state, loss
-
-        @jax.jit
-        def predict(params: Any, adapters: Any, batch: Any) -> Any:
-            return lr.linen.apply(model, params, adapters, batch["tokens"], attention_mask=batch["mask"]).argmax(-1)
-
-        self._step, self._predict, self._optimizer = step, predict, optimizer
-
-    def run(self, steps: int, rate: float, seed: int, split: str, limit: int | None) -> dict[str, Any]:
-        """Trains once and evaluates on a split."""
-        _, params, _ = base()
-        started = time.time()
-        original = lr.init(jax.random.key(seed), params, self.plan)
-        params, adapters = lr.fold(params, original)
-        train, frozen = lr.partition(adapters, 0, steps)
-        tx = self._optimizer(steps)
-        state = tx.init(train)
-        batches = data("train", seed, None).iterator()
-        phases = self.plan.phases(steps)
-        for step in range(steps):
-            if step and step in phases:
-                train, frozen = lr.partition(lr.join(train, frozen), step, steps)
-                state = lr.optim.carry_state(tx, state, train)
-            train, state, loss = self._step(train, state, frozen, params, next(batches), rate, steps)
-        adapters = lr.join(train, frozen)
-        right = seen = 0
-        for batch in data(split, 0, limit).evaluation_batches():
-            valid = batch.pop("valid")
-            right += int(((self._predict(params, adapters, batch) == batch["label"]) & valid).sum())
-            seen += int(valid.sum())
-        return {
-            "accuracy": right / seen,
-            "examples": seen,
-            "loss": float(loss),
-            "seconds": round(time.time() - started, 1),
-        }
 
 
 def done() -> dict[tuple, dict[str, Any]]:
@@ -144,11 +51,13 @@ def one(
     if key in done():
         return done()[key]
     if name not in trainers:
-        trainers[name] = Trainer(name)
+        trainers[name] = Trainer(METHODS[name], lambda seed: data("tweets", "train", seed, None))
     trainer = trainers[name]
-    result = {"method": name, "steps": steps, "rate": rate, "seed": seed, "split": split} | trainer.run(
-        steps, rate, seed, split, limit
-    )
+    started = time.time()
+    params, adapters, loss = trainer.run(steps, rate, seed)
+    accuracy, examples = trainer.accuracy(params, adapters, data("tweets", split, 0, limit))
+    result = {"method": name, "steps": steps, "rate": rate, "seed": seed, "split": split, "accuracy": accuracy,
+              "examples": examples, "loss": loss, "seconds": round(time.time() - started, 1)}  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     with LOG.open("a") as log:
         log.write(json.dumps(result) + "\n")

@@ -12,4 +12,4 @@ from configs.minilm_tweets import experiment
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the experiment."""
-    return experiment("full", learning_rate=5e-5, pattern=r"encoder/.*")
+    return experiment("full", pattern=r"encoder/.*")

@@ -15,4 +15,4 @@ from configs.minilm_tweets import experiment
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the experiment."""
-    return experiment("lamda", learning_rate=2e-3, rank=32)
+    return experiment("lamda")

@@ -12,4 +12,4 @@ from configs.minilm_tweets import experiment
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the experiment."""
-    return experiment("lamda_pp", learning_rate=2e-3, rank=32)
+    return experiment("lamda_pp")

@@ -12,4 +12,4 @@ from configs.minilm_tweets import experiment
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the experiment."""
-    return experiment("lora", learning_rate=1e-3, rank=16, alpha=16.0)
+    return experiment("lora")

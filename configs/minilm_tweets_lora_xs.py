@@ -12,4 +12,4 @@ from configs.minilm_tweets import experiment
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the experiment."""
-    return experiment("lora_xs", learning_rate=4e-3, rank=32)
+    return experiment("lora_xs")

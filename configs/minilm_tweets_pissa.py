@@ -12,4 +12,4 @@ from configs.minilm_tweets import experiment
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the experiment."""
-    return experiment("pissa", learning_rate=5e-4, rank=16)
+    return experiment("pissa")

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.adapters import Adapters
+from lowrank_jax.files import write_directory
 from lowrank_jax.plan import Plan, from_config
 from lowrank_jax.sites import flatten
 
@@ -234,22 +233,13 @@ def save_adapter(
     if adapters.stacked is not None:
         raise ValueError("save_adapter takes one adapter; pick one of the stack with lowrank_jax.take.")
     out = pathlib.Path(directory).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
     record = {"format": _FORMAT, "base": base._asdict(), "plan": adapters.plan.to_config(), "extra": dict(extra or {})}
-    work = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        work.chmod(0o755)
-        save_safetensors(work / _WEIGHTS, flatten(_leaves(adapters)))
-        (work / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        if out.exists():
-            old = work / "old"
-            os.replace(out, old)
-            os.replace(work, out)
-            shutil.rmtree(out / "old")
-        else:
-            os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+    def fill(folder: pathlib.Path) -> None:
+        save_safetensors(folder / _WEIGHTS, flatten(_leaves(adapters)))
+        (folder / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+    write_directory(out, fill)
     return out
 
 

@@ -45,6 +45,8 @@ def base() -> ml_collections.ConfigDict:
       patience: evaluations without improvement before the run stops; 0: never. best: keep the best evaluation's adapter as
         the result, not the last.
       generate: examples of the evaluation split to answer by generation (exact match), causal_lm only; max_new_tokens: of each.
+      statistics: batches (training batches read before the run by methods that start from data), tuned (the adapter directory of a full
+        fine-tuning run, for methods that allocate ranks by contribution).
       fold: move anchors into a copy of the base, so that they cost nothing in training.
       mesh: sizes of the axes 'data', 'fsdp' and 'tensor'; their product is the number of devices used.
 
@@ -90,6 +92,7 @@ def base() -> ml_collections.ConfigDict:
     config.best = True
     config.generate = 0
     config.max_new_tokens = 256
+    config.statistics = ml_collections.ConfigDict({"batches": 8, "tuned": ""})
     config.fold = True
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     return config
@@ -170,6 +173,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         config.accumulate,
         f"a divisor of batch_size={config.batch_size}",
     )
+    _require(config.statistics.batches >= 1, "statistics.batches", config.statistics.batches, "at least 1")
     rows = config.batch_size // config.accumulate
     shards = config.mesh.data * config.mesh.fsdp
     _require(min(config.mesh.values()) >= 1, "mesh", config.mesh.to_dict(), "sizes of at least 1")

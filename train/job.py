@@ -21,6 +21,7 @@ from lowrank_jax.models.tokenizer import Tokenizer, load_tokenizer
 from train import config as configs
 from train import data, sharding, tasks
 from train.data import Loader
+from train.statistics import before_init, before_plan
 
 
 class Model(NamedTuple):
@@ -42,7 +43,7 @@ class Job:
       config: the checked configuration. task: see `train.tasks`.
       model, params, model_config: the base; it is never changed. base: its reference and hash. tokenizer: of the model.
       train, evaluation, test: the loaders; test is None without a test split, train None where nothing is trained.
-      plan: what adapts what. total_steps: updates of the run.
+      plan: what adapts what, empty where nothing is trained. statistics: what its methods start from, or None. total_steps: updates.
       mesh: the device mesh, or None for one device.
     """
 
@@ -57,6 +58,7 @@ class Job:
     evaluation: Loader
     test: Loader | None
     plan: lr.Plan
+    statistics: lr.Statistics | None
     total_steps: int
     mesh: jax.sharding.Mesh | None
 
@@ -81,10 +83,15 @@ def load(config: ml_collections.ConfigDict, *, training: bool = True) -> Job:
         _data(config, config.data.test_split, tokenizer, config.eval_batch_size, 0) if config.data.test_split else None
     )
     model = load_model(config, evaluation.num_labels)
+    task, plan, statistics = make_task(config, evaluation), lr.Plan(()), None
+    if train is not None:
+        about = (config, model.module, model.params, task, train, model.mesh)
+        plan = make_plan(config, model.module, model.params, before_plan(*about))
+        statistics = before_init(*about, plan)
     return Job(
-        config=config, task=make_task(config, evaluation), model=model.module, params=model.params, model_config=model.config,
+        config=config, task=task, model=model.module, params=model.params, model_config=model.config,
         base=model.base, tokenizer=tokenizer, train=train, evaluation=evaluation, test=test,
-        plan=make_plan(config, model.module, model.params), total_steps=_total_steps(config, train), mesh=model.mesh,
+        plan=plan, statistics=statistics, total_steps=_total_steps(config, train), mesh=model.mesh,
     )  # fmt: skip
 
 
@@ -106,11 +113,15 @@ def load_model(config: ml_collections.ConfigDict, num_labels: int = 0) -> Model:
     return Model(loaded.model, params, loaded.config, tokenizer, base, mesh)
 
 
-def make_plan(config: ml_collections.ConfigDict, model: nn.Module, params: Any) -> lr.Plan:
+def make_plan(
+    config: ml_collections.ConfigDict, model: nn.Module, params: Any, statistics: lr.Statistics | None = None
+) -> lr.Plan:
     """The plan of a configuration for a model; its parameters may be shapes only."""
     rules = configs.plan_rules(config)
     found = lr.linen.sites(model, params, jnp.ones((1, 8), jnp.int32))
-    return lr.plan(params, rules, exclude=tuple(config.exclude), sites=found, allow_dense=config.allow_dense)
+    return lr.plan(
+        params, rules, exclude=tuple(config.exclude), sites=found, allow_dense=config.allow_dense, statistics=statistics
+    )
 
 
 def make_task(config: ml_collections.ConfigDict, loader: Loader) -> tasks.Task:

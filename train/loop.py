@@ -80,7 +80,7 @@ def train(job: job.Job) -> Result:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(configs.to_json(config) + "\n")
     (directory / "plan.txt").write_text(f"{job.plan}\n")
-    initial = lr.init(jax.random.key(config.seed), job.params, job.plan)
+    initial = lr.init(jax.random.key(config.seed), job.params, job.plan, statistics=job.statistics)
     with Checkpoints(directory / "checkpoints", job.base, job.plan, config.keep) as checkpoints:
         session = _Session(job, directory, checkpoints, initial)
         with Bar(total, session.place.step, job.task.unit) as bar:

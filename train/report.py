@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from lowrank_jax.files import write_file
 from lowrank_jax.plan_table import human_bytes
 from train import metrics_log
 
@@ -21,7 +22,7 @@ def write(job: Job, result: Result) -> None:
     from rich.console import Console
 
     plain = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(result).items()}
-    _replace(result.workdir / "result.json", (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode())
+    write_file(result.workdir / "result.json", [(json.dumps(plain, indent=1, sort_keys=True) + "\n").encode()])
     picture = plot(metrics_log.read(result.workdir / "metrics.jsonl"), result.workdir / "curves.png", job.config.name)
     Console().print(table(job, result, picture))
 
@@ -72,17 +73,11 @@ def plot(rows: list[dict[str, Any]], file: pathlib.Path, title: str) -> pathlib.
         if axes.lines:
             axes.legend()
     figure.suptitle(title)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
-    figure.savefig(temporary, dpi=120, metadata={"Software": None})
-    os.replace(temporary, file)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
+    write_file(file, [image.getvalue()])
     return file
 
 
 def _near(path: pathlib.Path) -> pathlib.Path:
     return path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path
-
-
-def _replace(file: pathlib.Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)

@@ -6,13 +6,13 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
+from lowrank_jax.files import write_directory
 from lowrank_jax.models import hf_map
 from lowrank_jax.models.tensors import INDEX_NAME, save_safetensors
 from lowrank_jax.models.trees import Config, param_shapes
@@ -76,20 +76,15 @@ def save(
     # transformers 4 reads the one, 5 the other.
     content["dtype"] = content["torch_dtype"] = np.result_type(*set(stored.values())).name
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        (temporary / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        _write_weights(temporary, flat, stored, config, max_shard_size)
+    def fill(folder: pathlib.Path) -> None:
+        (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        _write_weights(folder, flat, stored, config, max_shard_size)
         if tokenizer_from is not None:
             for name in _TOKENIZER_FILES:
                 if (pathlib.Path(tokenizer_from) / name).is_file():
-                    shutil.copyfile(pathlib.Path(tokenizer_from) / name, temporary / name)
-        _open_to_umask(temporary)
-        _swap(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+                    shutil.copyfile(pathlib.Path(tokenizer_from) / name, folder / name)
+
+    write_directory(out, fill)
     return out
 
 
@@ -135,21 +130,3 @@ def _write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _open_to_umask(directory: pathlib.Path) -> None:
-    """Gives a directory of mkdtemp, which is private, the rights that the user's umask gives any other."""
-    umask = os.umask(0)
-    os.umask(umask)
-    directory.chmod(0o777 & ~umask)
-
-
-def _swap(new: pathlib.Path, out: pathlib.Path) -> None:
-    """Puts `new` in the place of `out`; what stood there is removed last."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        os.replace(new, out)
-        return
-    old = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-    os.replace(out, old / out.name)
-    os.replace(new, out)
-    shutil.rmtree(old)

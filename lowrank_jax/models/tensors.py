@@ -13,12 +13,13 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from lowrank_jax.files import write_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference reader
 INDEX_NAME = "model.safetensors.index.json"
@@ -137,26 +138,7 @@ def save_safetensors(
             array = np.asarray(tensors[name])
             yield np.ascontiguousarray(array, dtype=_dtype_of(path, name, array)).tobytes()
 
-    write_atomically(path, chunks())
-
-
-def write_atomically(path: pathlib.Path, chunks: Iterator[Any]) -> None:
-    """Writes chunks of bytes to a temporary file beside `path`, syncs it, and renames it to `path`."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes the file private; a weight file should obey the user's umask as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(path, chunks())
 
 
 def _dtype_of(path: pathlib.Path, name: str, value: Any) -> np.dtype:

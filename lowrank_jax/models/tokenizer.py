@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from lowrank_jax.files import write_file
 from lowrank_jax.models import chat_template
 from lowrank_jax.models.gguf import is_gguf, open_gguf
 from lowrank_jax.models.gguf_vocabulary import gguf_tokenizer
-from lowrank_jax.models.tensors import write_atomically
 
 
 class Encoded(NamedTuple):
@@ -128,9 +128,9 @@ class Tokenizer:
                 config[field] = self._text(token)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        write_atomically(folder / "tokenizer.json", iter([self.backend.to_str(pretty=True).encode()]))
+        write_file(folder / "tokenizer.json", [self.backend.to_str(pretty=True).encode()])
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        write_atomically(folder / "tokenizer_config.json", iter([text.encode()]))
+        write_file(folder / "tokenizer_config.json", [text.encode()])
 
     def _text(self, token: int | None) -> str:
         return "" if token is None else self.backend.id_to_token(token) or ""

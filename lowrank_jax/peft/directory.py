@@ -1,12 +1,8 @@
-"""Writing an adapter directory in one piece."""
+"""What an adapter directory holds, and when one may be replaced."""
 
 from __future__ import annotations
 
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable
 
 from lowrank_jax.peft.config import FILE
 
@@ -31,18 +27,3 @@ def check_free(out: pathlib.Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise FileExistsError(f"{out} holds an adapter; choose another directory or pass overwrite=True.")
-
-
-def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """Makes ``out`` with what ``fill`` writes into a temporary directory beside it; it appears only when complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    room = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        new = room / "new"
-        new.mkdir()
-        fill(new)
-        if out.exists():
-            os.replace(out, room / "old")
-        os.replace(new, out)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)

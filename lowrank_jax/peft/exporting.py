@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.adapters import Adapters, expand
+from lowrank_jax.files import write_directory
 from lowrank_jax.forms import Dense, LowRank, UnsupportedError
 from lowrank_jax.models.tensors import save_safetensors
 from lowrank_jax.models.trees import Config
 from lowrank_jax.peft.card import model_card
 from lowrank_jax.peft.config import FILE, alpha_for, make_config
-from lowrank_jax.peft.directory import CARD, WEIGHTS, check_free, write_directory
+from lowrank_jax.peft.directory import CARD, WEIGHTS, check_free
 from lowrank_jax.peft.names import NameMap, Names, depth, part_of, resolve
 from lowrank_jax.peft.tensors import factor_names, factors_to_torch, weight_to_torch
 from lowrank_jax.plan import Entry
