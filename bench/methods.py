@@ -57,7 +57,8 @@ def floor(labels: int) -> Any:
     def loss(nudge: jax.Array, params: Any) -> jax.Array:
         def add(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             y = next_fun(*args, **kwargs)
-            return y + nudge if isinstance(context.module, nn.Embed) and context.module.name == "word_embeddings" else y
+            words = context.module.name == "word_embeddings" and context.method_name == "__call__"
+            return y + nudge if words else y
 
         with nn.intercept_methods(add):
             logits = model.apply({"params": params}, batch["tokens"], attention_mask=batch["mask"])

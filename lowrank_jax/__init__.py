@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import linen, methods, nnx, optim, peft
+from lowrank_jax import linen, loram, methods, nnx, optim, peft
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -15,49 +15,150 @@ from lowrank_jax.adapters import (
     stack,
     take,
 )
-from lowrank_jax.collect import collect, contributions
+from lowrank_jax.at_quality import at_quality
+from lowrank_jax.at_rank import at_rank
+from lowrank_jax.attribution import contributions
+from lowrank_jax.bank import Bank
+from lowrank_jax.bank_files import load_bank, save_bank
+from lowrank_jax.collect import collect
+from lowrank_jax.combine import combine
+from lowrank_jax.convert import Conversion, to_lora
 from lowrank_jax.folding import fold, merge, unfold
-from lowrank_jax.methods import Method, build, full, lamda, lamda_pp, lora, lora_xs, method, pissa
+from lowrank_jax.homeostasis import vida_scales, with_vida_scales
+from lowrank_jax.losses import symmetric_kl
+from lowrank_jax.methods import (
+    Method,
+    adalora,
+    allora,
+    bottleneck,
+    build,
+    colora,
+    conformer_adapter,
+    corda,
+    dora,
+    dylora,
+    flora,
+    full,
+    hydra,
+    ia3,
+    increlora,
+    lamda,
+    lamda_pp,
+    loldu,
+    lora,
+    lora_ga,
+    lora_sb,
+    lora_xs,
+    method,
+    mos,
+    mosa,
+    nola,
+    one_bit,
+    pego,
+    petalface,
+    pissa,
+    randlora,
+    s2_lora,
+    sara,
+    sltrain,
+    sora,
+    svfit,
+    trainable_tokens,
+    vera,
+    vida,
+    zero_i2v,
+)
+from lowrank_jax.padding import pad
 from lowrank_jax.plan import Plan, on_layers, plan
+from lowrank_jax.rank_map import RankMap, rank_map
 from lowrank_jax.sites import Site, sites
 from lowrank_jax.statistics import Statistics
+from lowrank_jax.temporal_shift import shift_offsets, temporal_shift
 
 __all__ = [
     "Adapters",
+    "Bank",
+    "Conversion",
     "Method",
     "Plan",
+    "RankMap",
     "Site",
     "Statistics",
+    "adalora",
     "add",
+    "allora",
+    "at_quality",
+    "at_rank",
+    "bottleneck",
     "build",
     "collect",
+    "combine",
+    "colora",
     "compact",
+    "conformer_adapter",
     "contributions",
+    "corda",
     "count",
+    "dora",
+    "dylora",
     "expand",
+    "flora",
     "fold",
     "full",
+    "hydra",
+    "ia3",
+    "increlora",
     "init",
     "join",
     "lamda",
     "lamda_pp",
     "linen",
+    "load_bank",
+    "loldu",
     "lora",
+    "lora_ga",
+    "lora_sb",
     "lora_xs",
+    "loram",
     "mask",
     "merge",
     "method",
     "methods",
+    "mos",
+    "mosa",
     "nnx",
+    "nola",
     "on_layers",
+    "one_bit",
     "optim",
+    "pad",
     "partition",
     "peft",
+    "pego",
     "penalty",
+    "petalface",
     "pissa",
     "plan",
+    "randlora",
+    "rank_map",
+    "s2_lora",
+    "sara",
+    "save_bank",
+    "shift_offsets",
     "sites",
+    "sltrain",
+    "sora",
     "stack",
+    "symmetric_kl",
     "take",
+    "temporal_shift",
+    "to_lora",
+    "trainable_tokens",
     "unfold",
+    "svfit",
+    "vera",
+    "vida",
+    "vida_scales",
+    "with_vida_scales",
+    "zero_i2v",
 ]

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
 from lowrank_jax.methods.base import Context, Given, Leaves, Method, Seen, build
-from lowrank_jax.plan import SHARED, Entry, Plan, gather, local_kernel
+from lowrank_jax.plan import SHARED, Entry, Plan, check_statistics, gather, local_kernel
 from lowrank_jax.sites import Site, flatten, named_sharding
 from lowrank_jax.statistics import Statistics
 
@@ -79,6 +79,7 @@ def init(
     """
     flat = flatten(params)
     check_params(flat, plan)
+    check_statistics(flat, plan, statistics)
     made = {}
     for entry in plan.entries:
         weight = flat[entry.site.path]

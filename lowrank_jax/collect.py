@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import statistics
-from lowrank_jax.adapters import Adapters, init
+from lowrank_jax import sums as running
+from lowrank_jax.adapters import Adapters
 from lowrank_jax.forms import Leaf
 from lowrank_jax.forms.probe import Probe
 from lowrank_jax.methods.base import STATISTICS, Context, Given, Leaves, Method
 from lowrank_jax.plan import Entry, Plan
 from lowrank_jax.sites import Site, flatten, with_leaves
-from lowrank_jax.statistics import Statistics, fingerprint
+from lowrank_jax.statistics import Statistics
+from lowrank_jax.sums import Sums, Wanted
 
 Loss = Callable[[Any, Adapters, Any], jax.Array]
 
@@ -34,17 +37,22 @@ def collect(
 ) -> Statistics:
     """Means of statistics over batches, for initialisations that read data (LoRA-GA, LoRA-SB, CorDA).
 
-    Batches are streamed: one sum is kept for each weight and kind, laid out on a mesh like the weight. With a ``directory`` the sums are
-    saved as it goes on, and a second call with the same batches takes up where the first was stopped.
+    ``gradient`` is the mean of the batches' gradients, ``covariance`` the mean of ``x x^T`` over all inputs of a weight, padding included.
+    Batches are streamed: one float32 sum is kept for each weight and kind. On a mesh a gradient's sum lies like its weight; the rows of
+    a covariance are divided as the weight's inputs are, or over another axis that fits.
 
     Args:
       loss: ``(params, adapters, batch) -> scalar``; it has to use both, as ``lowrank_jax.linen.apply(model, params, adapters, ...)`` does.
       where: a plan, whose methods say what they need at each weight; or sites, and then ``what`` names the kinds.
       batches: any iterable of batches. what: kinds to collect at every site, ``gradient`` and ``covariance``; None: what the plan needs.
-      directory: where the state is kept; None: nowhere. progress: whether to show a bar.
+      directory: keeps the sums: written as it goes on, for at most a tenth of the time, and when it is stopped (on several hosts at the
+        end only, to storage that they share). A second call with the same batches takes up from there; those before are not run again, nor
+        read if ``batches`` has a length and takes indices. None: nothing is kept.
+      progress: whether to show a bar.
 
     Raises:
-      ValueError: no batches, nothing to collect, an unknown kind, a kind that a site cannot have, statistics that are not finite.
+      ValueError: no batches, nothing to collect, an unknown kind, a kind that a site cannot have, a weight that no batch reaches,
+        statistics that are not finite, a directory with the sums of another model or plan.
 
     Example:
       >>> import flax.linen as nn, lowrank_jax as lr
@@ -56,86 +64,36 @@ def collect(
       Array([[ 5.,  7.],
              [ 7., 10.]], dtype=float32)
     """
-    wanted = _wanted(where, what)
-    flat = flatten(params)
-    file = None if directory is None else pathlib.Path(directory) / "statistics.safetensors"
-    sums = _start(flat, wanted)
-    done = 0
+    wanted, flat = _wanted(where, what), flatten(params)
+    places = running.layout(wanted, flat)
+    file = None if directory is None else pathlib.Path(directory) / "sums.safetensors"
     if file is not None and file.exists():
-        saved = statistics.load(file)
-        done = saved.batches
-        sums = {kind: {p: saved.of(kind, p, flat[p]) * done for p in of} for kind, of in sums.items()}
-    add = _adder(loss, params, wanted)
-    seen = 0
-    for batch in _shown(batches, progress):
-        seen += 1
-        if seen > done:
-            sums = add(sums, params, batch)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                _finish(sums, flat, seen).save(file)
-    if not seen:
+        sums, done = running.load(file, wanted, flat, places)
+    else:
+        sums, done = running.start(wanted, places), 0
+    rest, total = _after(batches, done)
+    add = jax.jit(_adder(loss, wanted), donate_argnums=0, out_shardings=places)
+    saved, due, alone = done, 0.0, jax.process_count() == 1
+    try:
+        for batch in shown(rest, total, done) if progress else rest:
+            sums, done = add(sums, params, batch), done + 1
+            if file is not None and alone and time.monotonic() >= due:
+                began = time.monotonic()
+                running.save(jax.block_until_ready(sums), done, flat, file)
+                saved, due = done, time.monotonic() + 9 * (time.monotonic() - began)
+    except BaseException:
+        # The sums that a failed step was given are gone.
+        if file is not None and alone and done > saved and not any(x.is_deleted() for x in jax.tree.leaves(sums)):
+            running.save(sums, done, flat, file)
+        raise
+    if file is not None and done > saved:
+        running.save(sums, done, flat, file)
+    if not done:
         raise ValueError("collect: there are no batches; pass at least one.")
-    found = _finish(sums, flat, seen)
-    for kind, of in found.values.items():
-        for path, value in of.items():
-            if not bool(jnp.isfinite(value).all()):
-                raise ValueError(
-                    f"collect: the {kind} of {path} is not finite. Lower the loss's scale or check the batches."
-                )
-    return found
+    return running.means(sums, done, flat)
 
 
-def contributions(
-    loss: Loss,
-    params: Any,
-    tuned: Any,
-    where: Plan | Mapping[str, Site],
-    batches: Iterable[Any],
-    *,
-    steps: int = 8,
-    progress: bool = True,
-) -> Statistics:
-    """How much each weight contributes to the change from a base to a tuned model, by integrated gradients.
-
-    ``|sum over the path of (tuned - base) * dL/dw|`` at the midpoints of ``steps`` pieces of the straight line from the base to the
-    tuned parameters, summed over the entries of a weight and averaged over batches (CoLoRA: arXiv 2408.01099; the path follows the
-    filter attribution it cites, a reconstruction). Signed sums over all weights add up to the change of the loss, to ``O(1/steps^2)``.
-
-    Args:
-      loss, batches, progress: as for `collect`. params: the base. tuned: the same model after full fine-tuning on the task.
-      where: the weights to attribute to.
-
-    Returns:
-      Statistics of kind ``contribution``, ``[*batch]`` for each weight, normalised to mean 1 over all elements.
-    """
-    sites = {e.site.path: e.local for e in where.entries} if isinstance(where, Plan) else dict(where)
-    flat, goal = flatten(params), flatten(tuned)
-    none = Adapters({}, {}, Plan(()))
-
-    @jax.jit
-    def attribute(fraction: jax.Array, batch: Any) -> dict[str, jax.Array]:
-        point = {p: w + fraction * (goal[p] - w) for p, w in flat.items() if jnp.issubdtype(w.dtype, jnp.floating)}
-        of = lambda ours: loss(with_leaves(params, {**point, **ours}), none, batch)  # noqa: E731
-        gradient = jax.grad(of)({path: point[path] for path in sites})
-        product = {p: site.canonical((goal[p] - flat[p]) * gradient[p]) for p, site in sites.items()}
-        return {p: x.astype(jnp.float32).sum((-2, -1)) / steps for p, x in product.items()}
-
-    totals: dict[str, jax.Array] = {}
-    count = 0
-    for batch in _shown(batches, progress):
-        parts = [attribute(jnp.float32((n + 0.5) / steps), batch) for n in range(steps)]
-        along = {path: jnp.abs(sum(part[path] for part in parts)) for path in sites}
-        totals = {path: totals.get(path, 0) + value for path, value in along.items()}
-        count += 1
-    if not count:
-        raise ValueError("contributions: there are no batches; pass at least one.")
-    mean = jnp.concatenate([value.reshape(-1) for value in totals.values()]).mean()
-    values = {path: value / jnp.maximum(mean, 1e-30) for path, value in totals.items()}
-    return Statistics({"contribution": values}, {path: fingerprint(flat[path]) for path in values}, count)
-
-
-def _wanted(where: Plan | Mapping[str, Site], what: Sequence[str] | None) -> dict[str, dict[str, Site]]:
+def _wanted(where: Plan | Mapping[str, Site], what: Sequence[str] | None) -> Wanted:
     """``{kind: {path: site}}``, whole stacks."""
     if isinstance(where, Plan):
         asked = [(e.site, set(e.method.needs - {"kernel"}) if what is None else set(what)) for e in where.entries]
@@ -147,9 +105,15 @@ def _wanted(where: Plan | Mapping[str, Site], what: Sequence[str] | None) -> dic
             if kind not in ("gradient", "covariance"):
                 hint = "use lowrank_jax.contributions" if kind in STATISTICS else "expected gradient or covariance"
                 raise ValueError(f"collect: {kind!r} is not collected here; {hint}.")
-            if kind == "covariance" and site.kind != "dense":
+            if kind == "covariance" and site.kind != "dense" or site.kind == "param":
                 raise ValueError(
-                    f"{site.path}: the input covariance exists for dense weights only, this is a {site.kind} weight."
+                    f"{site.path}: the {'input ' * (kind == 'covariance')}{kind} exists for "
+                    f"{'dense weights' if kind == 'covariance' else 'weights that act on inputs'} only, this is a {site.kind} weight."
+                )
+            if kind == "covariance" and not site.factored:
+                raise ValueError(
+                    f"{site.path}: the inputs of a weight that no registered module holds cannot be seen. Register its module "
+                    "(lowrank_jax.linen.register, lowrank_jax.nnx.register), or leave it out."
                 )
             wanted.setdefault(kind, {})[site.path] = site
     if not wanted:
@@ -159,50 +123,49 @@ def _wanted(where: Plan | Mapping[str, Site], what: Sequence[str] | None) -> dic
     return wanted
 
 
-def _start(flat: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Site]]) -> dict[str, dict[str, jax.Array]]:
-    sums: dict[str, dict[str, jax.Array]] = {}
-    for kind, sites in wanted.items():
-        for path, site in sites.items():
-            last = site.n_out if kind == "gradient" else site.n_in
-            zeros = jnp.zeros((*site.batch_shape, site.n_in, last), jnp.float32)
-            sums.setdefault(kind, {})[path] = zeros
-    return sums
+def _after(batches: Iterable[Any], done: int) -> tuple[Iterator[Any], int | None]:
+    """The batches behind the first ``done``, and how many there are in all where that is known."""
+    length = len(batches) if isinstance(batches, Sized) else None
+    rest: Iterator[Any]
+    if length is not None and hasattr(batches, "__getitem__"):
+        rest, skipped = (batches[n] for n in range(done, length)), min(done, length)
+    else:
+        rest = iter(batches)
+        skipped = sum(1 for _ in itertools.islice(rest, done))
+    if skipped < done:
+        raise ValueError(
+            f"collect: the directory holds the sums of {done} batches, more than the {skipped} passed. Pass another directory, or delete "
+            "this one."
+        )
+    return rest, length
 
 
-def _adder(loss: Loss, params: Any, wanted: Mapping[str, Mapping[str, Site]]) -> Callable[..., Any]:
-    probed, differentiated = wanted.get("covariance", {}), wanted.get("gradient", {})
-    plan = Plan(tuple(Entry(site, _PROBE) for site in probed.values()))
-    probes = init(jax.random.key(0), params, plan)
-
-    def add(sums: Any, params: Any, batch: Any) -> Any:
-        weights = {path: flatten(params)[path] for path in differentiated}
-
-        def of(weights: Any, leaves: Any) -> jax.Array:
-            return loss(with_leaves(params, weights), probes.replace(sites=leaves), batch)
-
-        gradient, observed = jax.grad(of, argnums=(0, 1))(weights, probes.sites)
-        new: dict[str, dict[str, jax.Array]] = {kind: {} for kind in sums}
-        for path, site in differentiated.items():
-            new["gradient"][path] = sums["gradient"][path] + site.canonical(gradient[path]).astype(jnp.float32)
-        for path in probed:
-            mean = observed[path]["covariance"] / observed[path]["count"][..., None, None]
-            new["covariance"][path] = sums["covariance"][path] + mean
-        return new
-
-    return jax.jit(add, donate_argnums=0)
-
-
-def _finish(sums: Mapping[str, Mapping[str, jax.Array]], flat: Mapping[str, Any], count: int) -> Statistics:
-    values = {kind: {path: value / count for path, value in of.items()} for kind, of in sums.items()}
-    return Statistics(values, {path: fingerprint(flat[path]) for of in sums.values() for path in of}, count)
-
-
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
+def shown(batches: Iterable[Any], total: int | None = None, done: int = 0) -> Iterable[Any]:
+    """The batches, with a bar in the terminal while they are read."""
+    from rich.console import Console
     from rich.progress import track
 
-    return track(batches, description="statistics", transient=True)
+    return track(batches, "statistics", total, done, console=Console(stderr=True), transient=True)
+
+
+def _adder(loss: Loss, wanted: Wanted) -> Callable[[Sums, Any, Any], Sums]:
+    probed, differentiated = wanted.get("covariance", {}), wanted.get("gradient", {})
+    plan = Plan(tuple(Entry(site, _PROBE) for site in probed.values()))
+
+    def add(sums: Sums, params: Any, batch: Any) -> Sums:
+        def of(weights: dict[str, jax.Array], probes: dict[str, Leaves]) -> jax.Array:
+            return loss(with_leaves(params, weights), Adapters(probes, {}, plan), batch)
+
+        flat = flatten(params)
+        # Made here and not outside: as constants of the program they would cost their size once more.
+        probes = {path: _PROBE.init(jax.random.key(0), site, Given()) for path, site in probed.items()}
+        slopes, observed = jax.grad(of, argnums=(0, 1))({path: flat[path] for path in differentiated}, probes)
+        found = {kind: {path: leaves[kind] for path, leaves in observed.items()} for kind in sums if kind != "gradient"}
+        if differentiated:
+            found["gradient"] = {path: site.canonical(slopes[path]) for path, site in differentiated.items()}
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, found)
+
+    return add
 
 
 def _probe() -> Method:
@@ -210,10 +173,7 @@ def _probe() -> Method:
         return {"covariance": Leaf((site.n_in, site.n_in), ("in", "")), "count": Leaf((), ())}
 
     def start(key: jax.Array, site: Site, given: Given) -> Leaves:
-        return {
-            "covariance": jnp.zeros((*site.batch_shape, site.n_in, site.n_in)),
-            "count": jnp.zeros(site.batch_shape),
-        }
+        return {name: jnp.zeros((*site.batch_shape, *leaf.shape)) for name, leaf in leaves(site).items()}
 
     def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> Probe:
         return Probe(leaves["covariance"], leaves["count"])

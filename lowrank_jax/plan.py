@@ -16,7 +16,7 @@ from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
 from lowrank_jax.sites import Site, describe, flatten, matches, no_match
 from lowrank_jax.sites import sites as find_sites
-from lowrank_jax.statistics import Statistics
+from lowrank_jax.statistics import Statistics, collector
 
 SHARED = "shared:"  # prefix of shared leaves among the sites of a train tree
 
@@ -310,14 +310,25 @@ def gather(entry: Entry, weight: Any, statistics: Statistics | None) -> Given:
     kernel = local_kernel(entry, jnp.asarray(weight)) if "kernel" in needs else None
     values: dict[str, Any] = {} if kernel is None else {"kernel": kernel}
     for name in sorted(needs - {"kernel"}):
-        if statistics is None:
-            raise ValueError(
-                f"{entry.method.name} at {entry.site.path} needs the {name} of the weight: collect it with "
-                f"lowrank_jax.collect and pass statistics=."
-            )
-        value = statistics.of(name, entry.site.path, weight)
+        value = _statistic(entry, name, weight, statistics)
         values[name] = value if entry.layers is None else value[jnp.asarray(entry.layers)]
     return Given(**values)
+
+
+def check_statistics(flat: Mapping[str, Any], plan: Plan, statistics: Statistics | None) -> None:
+    """Raises a ValueError that names the first weight whose method needs a statistic that is missing or of another weight."""
+    for entry in plan.entries:
+        for name in sorted(entry.method.needs - {"kernel"}):
+            _statistic(entry, name, flat[entry.site.path], statistics)
+
+
+def _statistic(entry: Entry, name: str, weight: Any, statistics: Statistics | None) -> Any:
+    if statistics is None:
+        raise ValueError(
+            f"{entry.method.name} at {entry.site.path} needs the {name} of the weight: gather it with "
+            f"lowrank_jax.{collector(name)} and pass statistics=."
+        )
+    return statistics.of(name, entry.site.path, weight)
 
 
 def local_kernel(entry: Entry, weight: Any) -> Any:

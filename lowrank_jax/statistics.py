@@ -6,7 +6,7 @@ import difflib
 import os
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,14 +16,14 @@ import numpy as np
 _PROBES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """Statistics by kind and weight, and fingerprints of the weights they were collected on.
 
     Attributes:
       values: ``{kind: {path: array}}``, float32, canonical: ``gradient [*batch, n_in, n_out]``, ``covariance [*batch, n_in, n_in]``,
         ``contribution [*batch]``.
-      fingerprints: ``{path: [4]}``, see `fingerprint`.
+      fingerprints: ``{path: [5]}`` of the weights, see `fingerprint`.
       batches: how many batches they are the mean of.
 
     Example:
@@ -35,7 +35,7 @@ class Statistics:
 
     values: Mapping[str, Mapping[str, jax.Array]]
     fingerprints: Mapping[str, jax.Array]
-    batches: int = field(default=0, compare=False)
+    batches: int = 0
 
     def of(self, kind: str, path: str, weight: Any) -> jax.Array:
         """One statistic of one weight.
@@ -46,36 +46,41 @@ class Statistics:
         known = self.values.get(kind, {})
         if path not in known:
             near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
-            there = (
-                f"the nearest is {near[0]}" if near else f"there is only {', '.join(sorted(self.values)) or 'nothing'}"
-            )
+            there = f"the nearest is {near[0]}" if near else f"there is only {', '.join(self.values) or 'nothing'}"
             raise ValueError(
-                f"{path}: its {kind} was not collected ({there}). Collect it with lowrank_jax.collect on the plan that needs it."
+                f"{path}: its {kind} was not collected ({there}). Gather it with lowrank_jax.{collector(kind)}."
             )
-        if hasattr(weight, "__array__") and not isinstance(weight, jax.core.Tracer):
-            ours, theirs = np.asarray(fingerprint(weight)), np.asarray(self.fingerprints[path])
-            # Rounding to bfloat16 moves a projection by far less than this; another weight moves it by about its norm.
-            norm = float(jnp.linalg.norm(jnp.asarray(weight, jnp.float32)))
-            if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 0.05 * norm:
-                raise ValueError(
-                    f"{path}: its {kind} was collected on another weight than this model's. Collect the statistics on these parameters."
-                )
+        concrete = hasattr(weight, "__array__") and not isinstance(weight, jax.core.Tracer)
+        if concrete and not _agree(fingerprint(weight), self.fingerprints[path]):
+            raise ValueError(
+                f"{path}: its {kind} was collected on another weight than this model's. Collect the statistics on these parameters."
+            )
         return known[path]
 
     def __or__(self, other: Statistics) -> Statistics:
-        """Both together; where both have a statistic, the other's."""
+        """Both together; where both have a statistic, the other's.
+
+        Raises:
+          ValueError: they are of different weights; names one.
+        """
+        for path in self.fingerprints.keys() & other.fingerprints.keys():
+            if not _agree(self.fingerprints[path], other.fingerprints[path]):
+                raise ValueError(
+                    f"{path}: the two statistics were collected on different weights and cannot be joined."
+                )
         kinds = {*self.values, *other.values}
         values = {kind: {**self.values.get(kind, {}), **other.values.get(kind, {})} for kind in kinds}
         return Statistics(values, {**self.fingerprints, **other.fingerprints}, max(self.batches, other.batches))
 
     def save(self, file: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes everything to one safetensors file, by way of a temporary name; `load` reads it."""
+        """Writes everything to one safetensors file, by way of a temporary name; `load` reads it. Of several hosts all call, one writes."""
         from lowrank_jax.models.tensors import save_safetensors
 
-        tensors = {f"{kind}:{path}": np.asarray(x) for kind, of in self.values.items() for path, x in of.items()}
-        tensors |= {f"fingerprint:{path}": np.asarray(x) for path, x in self.fingerprints.items()}
+        tensors = {f"{kind}:{path}": _on_host(x) for kind, of in self.values.items() for path, x in of.items()}
+        tensors |= {f"fingerprint:{path}": _on_host(x) for path, x in self.fingerprints.items()}
         tensors["batches:"] = np.array([self.batches], np.int32)
-        save_safetensors(pathlib.Path(file), tensors)
+        if jax.process_index() == 0:
+            save_safetensors(pathlib.Path(file), tensors)
         return pathlib.Path(file)
 
 
@@ -101,15 +106,45 @@ def load(file: str | os.PathLike[str]) -> Statistics:
     return Statistics(values, prints, int(batches[0]))
 
 
+def _on_host(x: Any) -> np.ndarray:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def collector(kind: str) -> str:
+    """The function of the library that gathers a kind of statistic."""
+    return "contributions" if kind == "contribution" else "collect"
+
+
 @jax.jit
 def fingerprint(weight: jax.Array) -> jax.Array:
-    """Four fixed projections of a weight, ``[4]`` float32: equal weights agree, other weights differ by about their norm.
+    """The norm of a weight and four fixed projections, ``[5]`` float32: equal weights agree, other weights differ by about their norm.
 
     Example:
       >>> fingerprint(jnp.ones((3, 2))).shape
-      (4,)
+      (5,)
     """
     matrix = jnp.asarray(weight, jnp.float32).reshape(-1, weight.shape[-1] if weight.ndim else 1)
     rows, columns = (jnp.arange(n, dtype=jnp.float32) for n in matrix.shape)
     k = jnp.arange(1, _PROBES + 1, dtype=jnp.float32)[:, None]
-    return jnp.einsum("kr,rc,kc->k", jnp.cos(k * rows + k), matrix, jnp.cos((k + 0.5) * columns))
+    projections = jnp.einsum("kr,rc,kc->k", jnp.cos(k * rows + k), matrix, jnp.cos((k + 0.5) * columns))
+    return jnp.concatenate([jnp.linalg.norm(matrix)[None], projections])
+
+
+def _agree(one: jax.Array, two: jax.Array) -> bool:
+    ours, theirs = np.asarray(one), np.asarray(two)
+    # Rounding to bfloat16 moves a projection by far less than this; another weight moves it by about its norm.
+    return bool(np.abs(ours - theirs).max() <= 0.05 * max(ours[0], theirs[0]))
+
+
+def check_finite(values: Mapping[str, Mapping[str, jax.Array]]) -> None:
+    """Raises a ValueError that names the first of ``{kind: {path: array}}`` with a NaN or infinity."""
+    for kind, of in values.items():
+        for path, value in of.items():
+            if not bool(jnp.isfinite(value).all()):
+                raise ValueError(
+                    f"The {kind} of {path} is not finite. Check the batches, or lower the scale of the loss."
+                )

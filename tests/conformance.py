@@ -108,7 +108,10 @@ class Case:
 
     @property
     def mergeable(self) -> bool:
-        return self.row.make().form.record.delta
+        record = self.row.make().form.record
+        assert record.delta == (self.row.update is not None)
+        bare = [e for e in self.plan.entries if f"{e.site.module}/bias" not in flatten(self.model.params)]
+        return record.delta and not (self.row.adds_bias and bare)
 
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
@@ -358,16 +361,19 @@ def refuses_bad_input(case: Case) -> None:
     with pytest.raises(TypeError, match=f"{method.name} has no field"):
         lr.build(method.name, {**dict(method.config), "no_such_field": 1})
     if "rank" in dict(method.config):
+        limit = site.max_rank if case.row.rank_limit is None else case.row.rank_limit(site)
         of_rank = lambda rank: lr.build(method.name, {**dict(method.config), "rank": rank})  # noqa: E731
-        plan_with = lambda rank: lr.plan(case.model.params, {path: of_rank(rank)}, sites=case.model.sites)  # noqa: E731
+        plan_with = lambda rank: lr.plan(  # noqa: E731
+            case.model.params, {path: of_rank(rank)}, sites=case.model.sites, statistics=case.statistics
+        )
         with pytest.raises(ValueError, match=r"rank\W*0"):
             plan_with(0)
         if method.allocate is not None:  # its rank is a mean over sites, each held to what fits it
             assert all(config["rank"] <= site.max_rank for e in plan_with(99).entries for config in _configs(e))
+        elif case.row.any_rank:
+            assert plan_with(99).trainable == case.row.count(plan_with(99).entries[0].site, {"rank": 99})
         else:
-            with pytest.raises(
-                ValueError, match=f"{method.name} at {path}: rank 99 is not between 1 and {site.max_rank}"
-            ):
+            with pytest.raises(ValueError, match=f"{method.name} at {path}: rank 99 is not between 1 and {limit}"):
                 plan_with(99)
     other = with_leaves(case.model.params, {path: jnp.zeros((2, 3))})
     for use in (lambda: lr.init(jax.random.key(0), other, case.plan), lambda: lr.merge(other, case.adapters),

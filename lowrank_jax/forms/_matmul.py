@@ -67,12 +67,12 @@ def low_rank_matmul(
     _check_shapes(x, a, mid, b)
     # Rank-wide values stay as accumulated; only the wide output is rounded to the model's dtype.
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    u = _dot(x, a, accumulator, precision)
+    u = dot(x, a, accumulator, precision)
     if mid is not None:
-        u = u * mid.astype(u.dtype) if mid.ndim == 1 else _dot(u.astype(x.dtype), mid, accumulator, precision)
+        u = u * mid.astype(u.dtype) if mid.ndim == 1 else dot(u.astype(x.dtype), mid, accumulator, precision)
     # The scale meets the rank-wide activation: on the output it would cost a pass over the widest array.
     u = (u * scale).astype(x.dtype)
-    return _dot(u, b, x.dtype, precision)
+    return dot(u, b, x.dtype, precision)
 
 
 def _check_shapes(x: jax.Array, a: jax.Array, mid: jax.Array | None, b: jax.Array) -> None:
@@ -85,8 +85,8 @@ def _check_shapes(x: jax.Array, a: jax.Array, mid: jax.Array | None, b: jax.Arra
         )
 
 
-def _dot(x: jax.Array, w: jax.Array, out_dtype: DTypeLike, precision: Any) -> jax.Array:
-    """``x [..., k] @ w [k, n]``, multiplied in the dtype of ``x``."""
+def dot(x: jax.Array, w: jax.Array, out_dtype: DTypeLike, precision: Any = None) -> jax.Array:
+    """``x [..., k] @ w [k, n]``, multiplied in the dtype of ``x``, with the backward pass described above."""
     return _dot_vjp(_Static(x.dtype, w.dtype, out_dtype, precision), x, w)
 
 

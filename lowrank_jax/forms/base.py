@@ -84,6 +84,7 @@ class Record:
       rows: whether each row of a batch may have its own adapter.
       low_rank: whether it converts exactly to a LoRA.
       dense_gradient: whether its backward pass forms one product of the kernel's shape at a time, of which it keeps some entries.
+      reads_kernel: whether what it adds depends on the weight itself, so that it cannot act on what another form left of it.
     """
 
     kinds: frozenset[str]
@@ -92,6 +93,7 @@ class Record:
     rows: bool = True
     low_rank: bool = False
     dense_gradient: bool = False
+    reads_kernel: bool = False
 
 
 class Form(Protocol):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.forms._matmul import dot
 from lowrank_jax.forms.base import Call, Record, UnsupportedError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -21,60 +22,134 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @struct.dataclass
 class Bottleneck:
-    """Factors of an adapter ``scale * act(source @ down) @ up`` added to a weight's output.
+    """Factors of a linear adapter ``scale * ((source @ down + down_bias) @ up + up_bias)`` added to a weight's output.
 
     Attributes:
-      down: ``[*batch, n_source, r]``, where the source is the weight's input (parallel) or its output (sequential).
-      up: ``[*batch, r, n_out]``.
-      activation: one of `ACTIVATIONS`, or None for a linear adapter, which alone has a delta.
-      sequential: whether the source is the weight's own output, bias included.
+      down: ``[*batch, n_source, r]``; up: ``[*batch, r, n_out]``; down_bias: ``[*batch, r]`` or None; up_bias: ``[*batch, n_out]`` or None.
+      scale: multiplies the whole.
+      dropout: probability with which an element between the two products is dropped during training.
+      position: the source: ``parallel``: the weight's input; ``sequential``: its output, bias included.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> form = Bottleneck(jnp.ones((3, 1)), jnp.ones((1, 3)), sequential=True)
+      >>> form = Bottleneck(jnp.ones((3, 1)), jnp.ones((1, 3)), position="sequential")
       >>> form.delta(jnp.eye(3))[0]
       Array([1., 1., 1.], dtype=float32)
     """
 
     down: jax.Array
     up: jax.Array
+    down_bias: jax.Array | None = None
+    up_bias: jax.Array | None = None
     scale: float = struct.field(pytree_node=False, default=1.0)
-    activation: str | None = struct.field(pytree_node=False, default=None)
-    sequential: bool = struct.field(pytree_node=False, default=False)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+    position: Literal["parallel", "sequential"] = struct.field(pytree_node=False, default="parallel")
 
     record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv"}))
 
     def apply(self, call: Call) -> jax.Array:
-        down, up = (f.astype(call.y.dtype) for f in (self.down, self.up))
-        hidden = _matmul(call.y, down) if self.sequential else call.linear(call.x, down)
-        if self.activation is not None:
-            hidden = ACTIVATIONS[self.activation](hidden)
-        return call.y + _matmul(hidden, up) * jnp.asarray(self.scale, call.y.dtype)
+        return call.y + self.update(call)
+
+    def update(self, call: Call) -> jax.Array:
+        """What `apply` adds to the output."""
+        dtype = call.y.dtype
+        up, up_bias = self._output_side(call)
+        hidden = drop(self._between(self._hidden(call)), self.dropout, call.rng)
+        # The scale meets the narrow activation: on the output it would cost a pass over the widest array.
+        out = product((hidden * self.scale).astype(dtype), up, dtype)
+        return out if up_bias is None else plus(out, up_bias * self.scale)
 
     def delta(self, kernel: jax.Array) -> jax.Array:
-        update = self._linear()
-        return kernel.astype(jnp.float32) @ update if self.sequential else update
+        update = self._matrix()
+        return kernel.astype(jnp.float32) @ update if self.position == "sequential" else update
 
     def delta_bias(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array | None:
-        """The update of the weight's bias ``[*batch, n_out]``; None for a parallel adapter, which leaves it alone."""
-        if not self.sequential or bias is None:
-            return None
-        return (bias.astype(jnp.float32)[..., None, :] @ self._linear())[..., 0, :]
+        own = self._constant()
+        if self.position == "parallel" or bias is None:
+            return own
+        moved = row_product(bias, self._matrix())
+        return moved if own is None else moved + own
 
     def transpose(self) -> Bottleneck:
-        raise UnsupportedError("Bottleneck does not apply to embeddings.")
+        raise UnsupportedError(f"{type(self).__name__} does not apply to embeddings.")
 
-    def _linear(self) -> jax.Array:
-        if self.activation is not None:
-            raise UnsupportedError(
-                f"A Bottleneck with activation {self.activation!r} is not a linear update: it has no delta and cannot be merged. "
-                "Keep it as an adapter, or use activation=None."
-            )
-        return (self.down.astype(jnp.float32) @ self.up.astype(jnp.float32)) * self.scale
+    def _hidden(self, call: Call) -> jax.Array:
+        if self.position == "sequential":
+            hidden = product(call.y, self.down, accumulator(call.y))
+        elif call.kind == "dense":
+            hidden = product(call.x, self.down, accumulator(call.x))
+        else:
+            hidden = call.linear(call.x, self.down.astype(call.y.dtype))
+        return hidden if self.down_bias is None else plus(hidden, self.down_bias)
+
+    def _between(self, hidden: jax.Array) -> jax.Array:
+        return hidden
+
+    def _output_side(self, call: Call) -> tuple[jax.Array, jax.Array | None]:
+        return self.up, self.up_bias
+
+    def _matrix(self) -> jax.Array:
+        return self.down.astype(jnp.float32) @ self.up.astype(jnp.float32) * self.scale
+
+    def _constant(self) -> jax.Array | None:
+        """What it adds where its source is zero."""
+        if self.down_bias is None:
+            return None if self.up_bias is None else self.up_bias.astype(jnp.float32) * self.scale
+        constant = row_product(self.down_bias, self.up)
+        return (constant if self.up_bias is None else constant + self.up_bias) * self.scale
 
 
-def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    for_one = jnp.matmul
+@struct.dataclass
+class NonlinearBottleneck(Bottleneck):
+    """An adapter ``scale * (act(source @ down + down_bias) @ up + up_bias)``; it has no dense update.
+
+    Attributes:
+      activation: one of `ACTIVATIONS`; the others as in `Bottleneck`.
+
+    Example:
+      >>> NonlinearBottleneck(jnp.ones((3, 1)), jnp.ones((1, 3)), activation="relu").record.delta
+      False
+    """
+
+    activation: str = struct.field(pytree_node=False, default="gelu")
+
+    record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv"}), delta=False)
+
+    def delta(self, kernel: jax.Array) -> jax.Array:
+        raise UnsupportedError(
+            f"An adapter with activation {self.activation!r} is not a linear update: it has no delta and cannot be merged. "
+            "Keep it as an adapter, or use activation=None."
+        )
+
+    def _between(self, hidden: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](hidden)
+
+
+def product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """``x [*batch, ..., k] @ w [*batch, k, n]`` in the dtype of ``x``."""
+    of_one = lambda x, w: dot(x, w, out_dtype)  # noqa: E731
     for _ in w.shape[:-2]:
-        for_one = jax.vmap(for_one)
-    return for_one(x, w)
+        of_one = jax.vmap(of_one)
+    return of_one(x, w)
+
+
+def plus(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """``x [*batch, ..., n]`` plus ``bias [*batch, n]``."""
+    return x + bias.reshape(*bias.shape[:-1], *[1] * (x.ndim - bias.ndim), bias.shape[-1]).astype(x.dtype)
+
+
+def drop(x: jax.Array, probability: float, rng: jax.Array | None) -> jax.Array:
+    """Dropout; ``rng`` is None outside training."""
+    if not probability or rng is None:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1 - probability, x.shape), x / (1 - probability), 0).astype(x.dtype)
+
+
+def accumulator(x: jax.Array) -> jnp.dtype:
+    """The dtype products of ``x`` are accumulated in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def row_product(v: jax.Array, m: jax.Array) -> jax.Array:
+    """``v [*batch, k] @ m [*batch, k, n]`` in float32."""
+    return (v.astype(jnp.float32)[..., None, :] @ m.astype(jnp.float32))[..., 0, :]

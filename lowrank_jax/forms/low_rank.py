@@ -41,6 +41,10 @@ class LowRank(KeepsBias):
     record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv", "embed"}), low_rank=True)
 
     def apply(self, call: Call) -> jax.Array:
+        return call.y + self.update(call)
+
+    def update(self, call: Call) -> jax.Array:
+        """What `apply` adds to the output."""
         x = call.x
         if self.dropout and call.rng is not None and jnp.issubdtype(x.dtype, jnp.inexact):
             keep = jax.random.bernoulli(call.rng, 1 - self.dropout, x.shape)
@@ -52,7 +56,7 @@ class LowRank(KeepsBias):
             update = product(x, self.a, self.mid, self.b)
         else:
             update = _after(call.linear(x, self.a.astype(call.y.dtype)), self.mid, self.b, self.scale)
-        return call.y + update.astype(call.y.dtype)
+        return update.astype(call.y.dtype)
 
     def delta(self, kernel: jax.Array) -> jax.Array:
         del kernel
@@ -66,6 +70,16 @@ class LowRank(KeepsBias):
 
     def as_low_rank(self) -> LowRank:
         return self
+
+    def pair(self) -> tuple[jax.Array, jax.Array]:
+        """``a`` and ``scale * mid @ b`` in float32, whose product is the update."""
+        one = jnp.eye(self.a.shape[-1], dtype=jnp.float32)
+        return self.a.astype(jnp.float32), _after(one, self.mid, self.b, self.scale)
+
+
+def column_squares(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The squared length of each column of ``a @ b``, ``[*batch, n_out]``, from ``b_j^T (a^T a) b_j``: the product is not made."""
+    return (b * (jnp.einsum("...ir,...is->...rs", a, a) @ b)).sum(-2)
 
 
 def _after(z: jax.Array, mid: jax.Array | None, b: jax.Array, scale: float) -> jax.Array:

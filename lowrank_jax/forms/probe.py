@@ -49,8 +49,9 @@ def _forward(covariance: jax.Array, count: jax.Array, x: jax.Array, y: jax.Array
 
 def _backward(kept: tuple, g: jax.Array) -> tuple:
     count, x = kept
-    flat = x.reshape(*count.shape, -1, x.shape[-1]).astype(jnp.float32)
-    covariance = jnp.einsum("...tn,...tm->...nm", flat, flat)
+    flat = x.reshape(*count.shape, -1, x.shape[-1])
+    # Accelerators multiply float32 as bfloat16 unless told otherwise; what is to be inverted should be better than that.
+    covariance = jnp.einsum("...tn,...tm->...nm", flat, flat, precision="highest", preferred_element_type=jnp.float32)
     return covariance, jnp.full(count.shape, flat.shape[-2], jnp.float32), jnp.zeros_like(x), g
 
 

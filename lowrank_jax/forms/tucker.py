@@ -22,6 +22,7 @@ class Tucker(KeepsBias):
       inputs: one ``[*batch, n_i, r_i]`` for each in axis of the kernel, in the kernel's order (a convolution's window axes
         first, then its input channels).
       output: ``[*batch, n_out, r_out]``.
+      scale, dropout: as in `LowRank`.
 
     The in modes contracted with the core are exactly a LowRank ``a`` of rank ``r_out``, so the form is applied as that: the
     small product costs ``n_in * r_1 ... r_out`` once a step.
@@ -37,6 +38,7 @@ class Tucker(KeepsBias):
     inputs: tuple[jax.Array, ...]
     output: jax.Array
     scale: float = struct.field(pytree_node=False, default=1.0)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
 
     record: ClassVar[Record] = Record(kinds=frozenset({"dense", "conv"}), low_rank=True)
 
@@ -46,7 +48,7 @@ class Tucker(KeepsBias):
         factors = ",".join(f"...{n}{r}" for n, r in zip(rows, ranks, strict=True))
         a = jnp.einsum(f"...{ranks}Z,{factors}->...{rows}Z", self.core, *self.inputs)
         a = a.reshape(*self.output.shape[:-2], -1, self.output.shape[-1])
-        return LowRank(a, jnp.swapaxes(self.output, -1, -2), scale=self.scale)
+        return LowRank(a, jnp.swapaxes(self.output, -1, -2), scale=self.scale, dropout=self.dropout)
 
     def apply(self, call: Call) -> jax.Array:
         return self.as_low_rank().apply(call)

@@ -26,7 +26,7 @@ Leaves = dict[str, jax.Array]
 # What `lowrank_jax.collect` can gather at a site, beside the kernel that needs no data:
 # ``gradient [*batch, n_in, n_out]`` mean gradient of the loss with respect to the weight;
 # ``covariance [*batch, n_in, n_in]`` mean of x x^T over the inputs;
-# ``contribution [*batch]`` share of the task's change that goes through the weight.
+# ``contribution [*batch]`` how much of the loss's change from a base to a tuned model goes through the weight.
 STATISTICS = ("gradient", "covariance", "contribution")
 
 

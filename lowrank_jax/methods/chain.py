@@ -27,7 +27,7 @@ def chain(parts: Parts) -> Method:
       parts: ``((name, ((field, value), ...)), ...)``, i.e. ``(method.name, method.config)`` of each.
 
     Raises:
-      UnsupportedError: a part with shared leaves, or a dense one.
+      UnsupportedError: a part with shared leaves, or a dense one; one that reads the weight anywhere but first.
 
     Example:
       >>> from lowrank_jax.methods import lora
@@ -39,6 +39,12 @@ def chain(parts: Parts) -> Method:
         if m.shared is not None or m.allocate is not None or not m.form.record.factored:
             raise UnsupportedError(
                 f"{m.name} cannot be combined with another method on the same weight; merge one of them first."
+            )
+    for m in methods[1:]:
+        if _reads_kernel(m):
+            raise UnsupportedError(
+                f"{m.name} reads the weight it acts on, so it has to come first on that weight: it cannot see what {methods[0].name} "
+                "makes of it. Change the order, or merge the other one."
             )
 
     def leaves(site: Site) -> dict[str, Leaf]:
@@ -95,6 +101,11 @@ def chain(parts: Parts) -> Method:
         transform=transform if any(m.transform for m in methods) else None,
         penalty=penalty if any(m.penalty for m in methods) else None,
     )
+
+
+def _reads_kernel(m: Method) -> bool:
+    parts = dict(m.config)["parts"] if m.name == "chain" else ()
+    return m.form.record.reads_kernel or any(_reads_kernel(build(name, dict(config))) for name, config in parts)
 
 
 def _part(tree: Any, n: int) -> Any:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 
 from lowrank_jax import linalg
-from lowrank_jax.allocate import Item, allocate
+from lowrank_jax.methods.allocation import Budget, Compare, site_ranks
 from lowrank_jax.methods.base import Given, Method, check_choice, method
 from lowrank_jax.methods.lamda import lamda
-from lowrank_jax.methods.ranks import of_stack
 from lowrank_jax.sites import Site
 
 
@@ -20,8 +18,8 @@ from lowrank_jax.sites import Site
 def lamda_pp(
     rank: int = 32,
     candidates: Sequence[int] | None = None,
-    budget: Literal["rank", "core", "parameters"] = "rank",
-    compare: Literal["shape", "all"] = "shape",
+    budget: Budget = "rank",
+    compare: Compare = "shape",
     alpha: float | None = None,
     dropout: float = 0.0,
     freeze: float = 0.3,
@@ -55,36 +53,20 @@ def lamda_pp(
     check_choice("lamda_pp", "compare", compare, ("shape", "all"))
     if rank < 1:
         raise ValueError(f"lamda_pp(rank={rank}): expected a mean rank of at least 1.")
-    lowest, highest = max(1, rank // 4), 2 * rank
     fields: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "freeze": freeze, "core": core, "svd": svd}
     uniform = lamda(rank=rank, **fields)
 
     def choose(sites: Mapping[str, Site], given: Mapping[str, Given]) -> dict[str, Method]:
-        groups: dict[tuple[int, int] | None, list[Item]] = {}
-        for path, site in sites.items():
-            shares = linalg.captured_energy(
+        shares = {
+            path: linalg.captured_energy(
                 given[path].need("kernel"), min(rank, site.max_rank), key=jax.random.key(0), method="randomized"
             )
-            for layer, share in enumerate(shares.reshape(-1).tolist()):
-                item = Item(f"{path}\0{layer:06d}", 1 - share, site.max_rank, _cost(budget, site))
-                groups.setdefault((site.n_in, site.n_out) if compare == "shape" else None, []).append(item)
-        ranks: dict[str, int] = {}
-        for items in groups.values():
-            ranks |= allocate(items, rank, lowest, highest, candidates)
-        own = {}
-        for path, site in sites.items():
-            layers = math.prod(site.batch_shape)
-            each = [ranks[f"{path}\0{layer:06d}"] for layer in range(layers)]
-            own[path] = lamda(rank=of_stack(each, site), **fields)
-        return own
+            for path, site in sites.items()
+        }
+        ranks = site_ranks(
+            sites, {path: 1 - share for path, share in shares.items()}, rank, budget, compare, candidates
+        )
+        return {path: lamda(rank=own, **fields) for path, own in ranks.items()}
 
     return Method(uniform.form, uniform.leaves, uniform.init, uniform.expand, anchor=uniform.anchor,
                   transform=uniform.transform, allocate=choose, needs=frozenset({"kernel"}))  # fmt: skip
-
-
-def _cost(budget: str, site: Site) -> Any:
-    return {
-        "rank": lambda r: r,
-        "core": lambda r: r * r,
-        "parameters": lambda r: r * (site.n_in + site.n_out),
-    }[budget]

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from lowrank_jax.forms import Leaf, LowRank
-from lowrank_jax.forms.low_rank import a_leaf, b_leaf
 from lowrank_jax.methods.base import (
     Context,
     Given,
@@ -18,10 +16,10 @@ from lowrank_jax.methods.base import (
     check_choice,
     check_dropout,
     method,
-    random_a,
     scaling,
 )
-from lowrank_jax.methods.ranks import Rank, largest, layer_ranks, used
+from lowrank_jax.methods.lora_pair import pair_leaves, zero_b
+from lowrank_jax.methods.ranks import Rank, largest
 from lowrank_jax.optim.scale_leaf import scale_leaf
 from lowrank_jax.sites import Site
 
@@ -59,17 +57,13 @@ def lora(
     check_dropout("lora", dropout)
     if not plus > 0:
         raise ValueError(f"lora(plus={plus}): expected a positive ratio of learning rates.")
-    r = largest(rank)
-    scale = scaling(r, alpha, rank_stabilised)
+    scale = scaling(largest(rank), alpha, rank_stabilised)
 
     def leaves(site: Site) -> dict[str, Leaf]:
-        total = int(layer_ranks("lora", rank, site).sum())
-        return {"a": a_leaf(site, r, count=total * site.n_in), "b": b_leaf(site, r, count=total * site.n_out)}
+        return pair_leaves("lora", rank, site)
 
     def init_leaves(key: jax.Array, site: Site, given: Given) -> Leaves:
-        # Directions beyond a layer's own rank are zero in a and b, and so are all their gradients.
-        a = random_a(key, (*site.batch_shape, site.n_in, r), init) * used(site, rank)[..., None, :]
-        return {"a": a, "b": jnp.zeros((*site.batch_shape, r, site.n_out))}
+        return zero_b(key, site, rank, init)
 
     def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> LowRank:
         return LowRank(leaves["a"], leaves["b"], scale=scale, dropout=dropout)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg
-from lowrank_jax.forms import Leaf, LowRank
-from lowrank_jax.forms.low_rank import a_leaf, b_leaf
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_rank, method, scaling
+from lowrank_jax.methods.base import Given, Method, check_choice, method, scaling
+from lowrank_jax.methods.lora_pair import anchored_pair
 from lowrank_jax.sites import Site
 
 
@@ -37,31 +35,9 @@ def pissa(rank: int = 16, alpha: float | None = None, svd: Literal["randomized",
     check_choice("pissa", "svd", svd, ("randomized", "exact"))
     scale = scaling(rank, alpha)
 
-    def leaves(site: Site) -> dict[str, Leaf]:
-        check_rank("pissa", rank, site)
-        frozen = {"trains": None, "anchor": True}
-        return {
-            "a": a_leaf(site, rank),
-            "b": b_leaf(site, rank),
-            "a0": a_leaf(site, rank, **frozen),
-            "b0": b_leaf(site, rank, **frozen),
-        }
-
-    def init(key: jax.Array, site: Site, given: Given) -> Leaves:
-        kernel = given.need("kernel")
-        u, sigma, vt = linalg.svd(kernel, rank, key=key, method=svd)
+    def start(key: jax.Array, site: Site, given: Given) -> tuple[jax.Array, jax.Array]:
+        u, sigma, vt = linalg.svd(given.need("kernel"), rank, key=key, method=svd)
         root = jnp.sqrt(sigma / scale)
-        a, b = u * root[..., None, :], root[..., None] * vt
-        return {"a": a, "b": b, "a0": a, "b0": b}
+        return u * root[..., None, :], root[..., None] * vt
 
-    def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> LowRank:
-        a, b = leaves["a"], leaves["b"]
-        if "a0" in leaves:
-            a = jnp.concatenate([a, leaves["a0"]], axis=-1)
-            b = jnp.concatenate([b, -leaves["b0"]], axis=-2)
-        return LowRank(a, b, scale=scale)
-
-    def anchor(site: Site, leaves: Mapping[str, jax.Array]) -> LowRank:
-        return LowRank(leaves["a0"], leaves["b0"], scale=scale)
-
-    return Method(LowRank, leaves, init, expand, anchor=anchor, exact_init=False, needs=frozenset({"kernel"}))
+    return anchored_pair("pissa", rank, scale, start, frozenset({"kernel"}))

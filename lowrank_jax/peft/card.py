@@ -7,18 +7,23 @@ from collections.abc import Iterable, Sequence
 
 
 def model_card(
-    base_model: str | None, task_type: str | None, methods: Iterable[str], modules: int, whole: Sequence[str] = ()
+    base_model: str | None,
+    task_type: str | None,
+    peft_type: str,
+    methods: Iterable[str],
+    modules: int,
+    whole: Sequence[str] = (),
 ) -> str:
     """README.md with the metadata that model hubs read.
 
     Args:
-      methods: how it was trained. modules: number of modules with a LoRA. whole: modules that are stored in full.
+      methods: how it was trained. modules: number of modules that are adapted. whole: modules that are stored in full.
 
     Example:
-      >>> print(model_card("roberta-base", None, ["lora(rank=8)"], 24).splitlines()[1])
+      >>> print(model_card("roberta-base", None, "LORA", ["lora(rank=8)"], 24).splitlines()[1])
       base_model: "roberta-base"
     """
-    tags = [*([f"base_model:adapter:{base_model}"] if base_model else []), "lora"]
+    tags = [*([f"base_model:adapter:{base_model}"] if base_model else []), peft_type.lower()]
     lines = ["---"]
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model)}")
@@ -31,7 +36,7 @@ def model_card(
     lines += [
         f"# Adapter{f' of {base_model}' if base_model else ''}",
         "",
-        f"Written by lowrank_jax: an exact LoRA on {modules} modules, relative to the published weights of the base. Trained with:",
+        f"Written by lowrank_jax: {peft_type} on {modules} modules, relative to the published weights of the base. Trained with:",
         "",
         *(f"- `{method}`" for method in sorted(set(methods))),
         "",

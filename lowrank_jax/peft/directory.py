@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from lowrank_jax.peft.config import FILE
-
+FILE = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
-from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,17 +14,20 @@ import numpy as np
 
 from lowrank_jax.adapters import Adapters, expand
 from lowrank_jax.files import write_directory
-from lowrank_jax.forms import Dense, LowRank, UnsupportedError
+from lowrank_jax.forms import Dense, UnsupportedError
 from lowrank_jax.models.tensors import save_safetensors
 from lowrank_jax.models.trees import Config
 from lowrank_jax.peft.card import model_card
-from lowrank_jax.peft.config import FILE, alpha_for, make_config
-from lowrank_jax.peft.directory import CARD, WEIGHTS, check_free
-from lowrank_jax.peft.names import NameMap, Names, depth, part_of, resolve
-from lowrank_jax.peft.tensors import factor_names, factors_to_torch, weight_to_torch
+from lowrank_jax.peft.codecs import choose
+from lowrank_jax.peft.codecs.base import Piece
+from lowrank_jax.peft.config import make_config
+from lowrank_jax.peft.directory import CARD, FILE, WEIGHTS, check_free
+from lowrank_jax.peft.names import NameMap, Names, part_of, resolve
+from lowrank_jax.peft.tensors import weight_to_torch
+from lowrank_jax.peft.units import Unit
 from lowrank_jax.plan import Entry
 
-PREFIX = "base_model.model."
+PREFIX, COMMON = "base_model.model.", "base_model."
 
 
 def save(
@@ -34,29 +37,33 @@ def save(
     architecture: Config | None = None,
     name_map: NameMap | None = None,
     base_model_name_or_path: str | None = None,
+    peft_type: str | None = None,
     dtype: Any = None,
     overwrite: bool = False,
 ) -> pathlib.Path:
     """Writes adapters so that PEFT and its readers load them on the published base.
 
     Every low-rank update becomes an exact LoRA relative to the original base: an anchor is part of it (PiSSA has rank 2r, LaMDA rank
-    r), a core is multiplied into the smaller factor, and ``lora_alpha / r`` is the method's scale. A scanned stack becomes one LoRA a
-    layer; layers whose factors are padded get their own rank. Modules outside the layers that are trained in full (kernel and bias)
-    go to ``modules_to_save``.
+    r), a core is multiplied into the smaller factor, and ``lora_alpha / r`` is the method's scale. DoRA, IA3 and trained tokens are
+    written as what they are. A scanned stack becomes one adapter a layer; layers whose factors are padded get their own rank. Modules
+    outside the layers that are trained in full (kernel and bias) go to ``modules_to_save``.
 
     Args:
       adapters: unfolded, one adapter. directory: made, or replaced if ``overwrite`` and it holds nothing but an adapter.
       architecture: the configuration of a reference model, such as ``models.load(...).config``; or, for any other model,
       name_map: ``{path of a weight or its module: module name, or one for each layer of a stack}``, or a function
-        ``(path of the weight, layer or None) -> module name``.
+        ``(path of the weight, layer or None) -> module name``. A `Parameter` stands for a module's own parameter, such as the weights of
+        all experts of a layer.
       base_model_name_or_path: the base, for the configuration and the card. dtype: of the tensors; None keeps each leaf's.
+      peft_type: None: LORA, which every reader of the format knows, where all updates are low-rank; or ADALORA, VERA, RANDLORA, which keep
+        the leaves of the methods of these names, so that PEFT can train on.
 
     Returns:
       The directory.
 
     Raises:
-      ValueError: folded or stacked adapters, a weight without a name, factors that are not finite.
-      UnsupportedError: a form that is not low-rank, or a full update that is no whole module outside the layers.
+      ValueError: folded or stacked adapters, a weight without a name, factors that are not finite, an unknown ``peft_type``.
+      UnsupportedError: a method that the type cannot hold, or a full update that is no whole module outside the layers.
       FileExistsError: the directory is taken. TypeError: both or neither of ``architecture`` and ``name_map``.
 
     Example:
@@ -78,108 +85,86 @@ def save(
     if adapters.stacked is not None:
         raise ValueError("peft.save takes one adapter; pick one of the stack with lowrank_jax.take.")
 
+    codec = choose(adapters.plan.entries, peft_type)
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    dropouts: Counter[float] = Counter()
     whole: dict[str, set[str]] = {}
-    for path, form in expand(adapters).items():
-        entry = adapters.plan.by_path[path]
-        modules = _modules(entry, names)
-        if isinstance(form, Dense):
-            name = _whole_module(entry, modules)
+    pieces = []
+    for entry in adapters.plan.entries:
+        units, form = _units(entry, names), functools.partial(_form, adapters, entry)
+        if entry.method.form is Dense:
+            name = _whole_module(entry, units)
             whole.setdefault(name, set()).add(part_of(entry.site))
-            tensors[f"{PREFIX}{name}.{part_of(entry.site)}"] = _cast(
-                weight_to_torch(entry.site, np.asarray(form.weight)), dtype
-            )
-            continue
-        if not form.record.low_rank:
-            raise UnsupportedError(
-                f"{path}: {entry.method.name} is not a low-rank update; merge it (lowrank_jax.merge) and save the model."
-            )
-        low_rank: LowRank = form.as_low_rank()  # type: ignore[attr-defined]
-        dropouts[low_rank.dropout] += 1
-        for element, a, b in _elements(entry, low_rank):
-            module = modules[element]
-            if module in ranks:
-                raise ValueError(
-                    f"{path}: module {module!r} has an adapter already; name_map gives one name to two weights."
-                )
-            ranks[module], alphas[module] = a.shape[1], alpha_for(low_rank.scale, a.shape[1])
-            for name, tensor in zip(factor_names(entry.site), factors_to_torch(entry.site, a, b), strict=True):
-                tensors[f"{PREFIX}{module}.{name}"] = _cast(tensor, dtype)
-    if not ranks:
+            tensors[f"{PREFIX}{name}.{part_of(entry.site)}"] = weight_to_torch(entry.site, np.asarray(form().weight))
+        else:
+            shared = adapters.shared.get(str(entry.method), {})
+            pieces.append(Piece(entry, units, adapters.sites[entry.site.path], shared, form))
+    _check_distinct(pieces)
+    if whole and not codec.saves_modules:
         raise UnsupportedError(
-            "peft.save: the adapter has no low-rank update, only full weights; merge it and save the model."
+            f"{min(whole)}: {codec.peft_type} has no modules that are trained in full. Save it beside a LoRA, "
+            "or merge it (lowrank_jax.merge)."
         )
+    written = codec.write(pieces, names.modules)
+    tensors |= {f"{PREFIX}{module}.{name}": x for module, parts in written.modules.items() for name, x in parts.items()}
+    tensors |= {f"{COMMON}{name}": x for name, x in written.common.items()}
+    tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     _check(tensors, whole, names)
     saved = _collapse(set(whole), names)
     task_type = names.task_type if names.head is None or names.head in saved else None
-    config = make_config(ranks, alphas, dropout=dropouts.most_common(1)[0][0], known=names.modules, modules_to_save=saved,
-                         task_type=task_type, base_model_name_or_path=base_model_name_or_path)  # fmt: skip
+    config = make_config(codec, written.fields, modules_to_save=saved, task_type=task_type,
+                         base_model_name_or_path=base_model_name_or_path)  # fmt: skip
     methods = [str(entry.method) for entry in adapters.plan.entries]
 
     def fill(folder: pathlib.Path) -> None:
         (folder / FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-        card = model_card(base_model_name_or_path, task_type, methods, len(ranks), saved)
+        card = model_card(base_model_name_or_path, task_type, codec.peft_type, methods, len(written.modules), saved)
         (folder / CARD).write_text(card, encoding="utf-8")
 
     write_directory(out, fill)
     return out
 
 
-def _modules(entry: Entry, names: Names) -> tuple[str, ...]:
+def _form(adapters: Adapters, entry: Entry) -> Any:
+    path = entry.site.path
+    alone = adapters.replace(plan=replace(adapters.plan, entries=(entry,)), sites={path: adapters.sites[path]})
+    return expand(alone)[path]
+
+
+def _units(entry: Entry, names: Names) -> tuple[Unit, ...]:
     site = entry.site
-    modules = names.of(site)
-    if not modules:
+    units = names.of(site)
+    if not units:
         raise ValueError(
             f"{site.path} has no module name in the Hugging Face model; give it one in name_map, or leave it out of the plan."
         )
-    if site.path in names.tied:
+    if site.path in names.tied and entry.method.name != "trainable_tokens":
         raise UnsupportedError(
             f"{site.path} is also the output head, and PEFT would adapt the lookup only. Merge it (lowrank_jax.merge) and save the model."
         )
-    if len(modules) != (depth(site) or 1) and site.kind != "param":
-        raise ValueError(
-            f"{site.path} is a stack of {depth(site) or 1}, but {len(modules)} module names are known for it."
-        )
-    return modules
+    return units
 
 
-def _whole_module(entry: Entry, modules: tuple[str, ...]) -> str:
+def _check_distinct(pieces: list[Piece]) -> None:
+    seen: set[str] = set()
+    for piece in pieces:
+        for unit in piece.units:
+            if unit.name in seen:
+                raise ValueError(
+                    f"{piece.entry.site.path}: module {unit.name!r} has an adapter already; name_map gives one name to two weights."
+                )
+            seen.add(unit.name)
+
+
+def _whole_module(entry: Entry, units: tuple[Unit, ...]) -> str:
     """The module a full weight belongs to, if it stands outside the numbered layers."""
-    numbered = any(word.isdigit() for word in modules[0].split("."))
-    if len(modules) != 1 or entry.site.batch or numbered:
+    numbered = any(word.isdigit() for word in units[0].name.split("."))
+    if len(units) != 1 or entry.site.batch or numbered or units[0].parameter is not None:
         raise UnsupportedError(
             f"{entry.site.path}: {entry.method.name} changes a whole weight inside the layers, which is no small adapter. "
             "Merge it (lowrank_jax.merge) and save the model."
         )
-    return modules[0]
-
-
-def _elements(entry: Entry, form: LowRank) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """``(element of the stack, a [n_in, r], b [r, n_out])`` of every adapted element, core absorbed, padding cut off."""
-    site, dtype = entry.site, form.a.dtype
-    a = np.asarray(form.a).reshape(-1, *form.a.shape[-2:])
-    b = np.asarray(form.b).reshape(-1, *form.b.shape[-2:])
-    if form.mid is not None:
-        mid = np.asarray(form.mid, np.float32)
-        mid = mid[..., None] * np.eye(mid.shape[-1], dtype=np.float32) if mid.ndim < form.a.ndim else mid
-        mid = mid.reshape(-1, *mid.shape[-2:])
-        if site.n_out <= site.n_in:
-            b = (mid @ b.astype(np.float32)).astype(dtype)
-        else:
-            a = (a.astype(np.float32) @ mid).astype(dtype)
-    inner = (depth(site) or 1) // (site.batch_shape[0] if site.batch else 1)
-    layers = range(len(a) // inner) if entry.layers is None else entry.layers
-    for element in (layer * inner + n for layer in layers for n in range(inner)):
-        one_a, one_b = a[element], b[element]
-        if site.batch:
-            used = (one_a != 0).any(0) | (one_b != 0).any(1)
-            used[0] |= not used.any()  # no change at all is still written, at rank 1
-            one_a, one_b = one_a[:, used], one_b[used]
-        yield element, one_a, one_b
+    return units[0].name
 
 
 def _cast(tensor: np.ndarray, dtype: Any) -> np.ndarray:

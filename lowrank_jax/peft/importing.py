@@ -16,24 +16,27 @@ import numpy as np
 from lowrank_jax.adapters import Adapters
 from lowrank_jax.models.tensors import LazyTensor, open_safetensors
 from lowrank_jax.models.trees import Config
-from lowrank_jax.peft.assemble import Element, assemble_full, assemble_lora, place
-from lowrank_jax.peft.config import PeftFormatError, read_config
+from lowrank_jax.peft.assemble import assemble_full, place, place_common
+from lowrank_jax.peft.codecs.base import Codec, Item, take
+from lowrank_jax.peft.config import read_config
 from lowrank_jax.peft.directory import WEIGHTS
+from lowrank_jax.peft.fields import PeftFormatError
 from lowrank_jax.peft.keys import Contents, sort_tensors
 from lowrank_jax.peft.names import NameMap, Names, part_of, resolve
-from lowrank_jax.peft.targets import pattern_value, saves, selects
-from lowrank_jax.peft.tensors import factor_names, factor_shapes, factors_from_torch, weight_from_torch, weight_shape
+from lowrank_jax.peft.parameters import name_parameters
+from lowrank_jax.peft.targets import saves, selects, selects_parameter, trains_rows
+from lowrank_jax.peft.tensors import weight_from_torch, weight_shape
+from lowrank_jax.peft.units import Unit
 from lowrank_jax.plan import Entry, Plan
 from lowrank_jax.sites import Site, flatten
 from lowrank_jax.sites import sites as find_sites
 
 
 class Slot(NamedTuple):
-    """Where a parameter of the other model is kept in ours: the weight's path, the element of its stack, the module's full name."""
+    """Where a parameter of the other model is kept in ours: the weight's path, and the module's full name with its part of the stack."""
 
     path: str
-    element: int
-    module: str
+    unit: Unit
 
 
 def load(
@@ -45,7 +48,8 @@ def load(
     sites: Mapping[str, Site] | None = None,
     dtype: Any = None,
 ) -> Adapters:
-    """Reads a PEFT LoRA as adapters of a model: `lora` at every adapted weight, `full` at those of ``modules_to_save``.
+    """Reads a PEFT adapter as adapters of a model: the method of its ``peft_type`` at every adapted weight (`lora`, `dora`, `adalora`,
+    `vera`, `randlora`, `ia3`, `trainable_tokens`), `full` at those of ``modules_to_save``.
 
     The layers of a scanned stack become one adapter: layers without one are left out, lower ranks are padded with zeros, and where
     ``alpha / r`` differs between layers it is multiplied into ``b``. A rank above the weight's smaller dimension is brought down to it.
@@ -73,7 +77,7 @@ def load(
     """
     folder = pathlib.Path(directory)
     names = resolve(architecture, name_map)
-    config = read_config(folder)
+    codec, config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         hint = (
@@ -82,7 +86,7 @@ def load(
             else "is the download complete?"
         )
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; {hint}.")
-    contents = sort_tensors(open_safetensors(folder / WEIGHTS), config, names.alias)
+    contents = sort_tensors(open_safetensors(folder / WEIGHTS), codec, config, names.alias)
     flat = flatten(params)
     if sites is None:
         sites = find_sites(params, {re.escape(path): "bio" for path in names.stacks if path in flat})
@@ -92,14 +96,13 @@ def load(
                 f"sites has {path} of shape {site.shape}, which params lack; pass the sites of this model."
             )
     slots = _slots(sites, names)
+    name_parameters(contents, (slot.unit for slot in slots.values()), config, folder)
     _check_known(folder, contents, slots, config, names)
 
-    factors: dict[str, dict[int, Element]] = {}
-    for module, tensors in contents.factors.items():
-        path, element, _ = slots[module, "weight"]
-        factors.setdefault(path, {})[element] = _read_factors(
-            sites[path], contents.names[module], tensors, config, names
-        )
+    adapted: dict[str, list[Item]] = {}
+    for module, tensors in contents.adapted.items():
+        path, unit = slots[module, "weight"]
+        adapted.setdefault(path, []).append(Item(sites[path], unit, contents.names[module], tensors))
     whole: dict[str, np.ndarray] = {}
     for module, tensors in contents.whole.items():
         for part, tensor in tensors.items():
@@ -109,12 +112,10 @@ def load(
     entries: list[Entry] = []
     made: dict[str, dict[str, jax.Array]] = {}
     for path in flat:
-        if path in factors and path in whole:
-            raise PeftFormatError(f"{folder}: {path} has a LoRA and is in modules_to_save as well; remove one of them.")
-        if path in factors:
-            entry, leaves = assemble_lora(
-                sites[path], factors[path], bool(config.get("use_rslora")), config["lora_dropout"]
-            )
+        if path in adapted and path in whole:
+            raise PeftFormatError(f"{folder}: {path} is adapted and is in modules_to_save as well; remove one of them.")
+        if path in adapted:
+            entry, leaves = _read(codec, adapted[path], config)
         elif path in whole:
             entry, leaves = assemble_full(sites[path], whole[path])
         else:
@@ -123,18 +124,25 @@ def load(
         made[path] = place(entry, leaves, flat[path], dtype)
     sizes = [math.prod(leaf.shape) for leaf in flat.values()]
     total = sum(n * jnp.dtype(leaf.dtype).itemsize for n, leaf in zip(sizes, flat.values(), strict=True))
-    return Adapters(made, {}, Plan(tuple(entries), sum(sizes), total))
+    plan = Plan(tuple(entries), sum(sizes), total)
+    common = {}
+    for name in plan.shared:
+        assert codec.read_common is not None
+        own = [entry for entry in entries if str(entry.method) == name]
+        leaves = codec.read_common(config, contents.common, own)
+        common[name] = place_common(leaves, flat[own[0].site.path], dtype)
+    return Adapters(made, common, plan)
 
 
 def _slots(sites: Mapping[str, Site], names: Names) -> dict[tuple[str, str], Slot]:
     """The slot of every parameter of the other model: ``{(module, 'weight' or 'bias'): slot}``."""
     slots: dict[tuple[str, str], Slot] = {}
     for path, site in sites.items():
-        for index, module in enumerate(names.of(site)):
-            key = (names.alias(module), part_of(site))
+        for unit in names.of(site):
+            key = (names.alias(unit.name), part_of(site))
             if key in slots:
-                raise ValueError(f"name_map gives {module!r} to both {slots[key].path} and {path}.")
-            slots[key] = Slot(path, index, module)
+                raise ValueError(f"name_map gives {unit.name!r} to both {slots[key].path} and {path}.")
+            slots[key] = Slot(path, unit)
     return slots
 
 
@@ -146,7 +154,7 @@ def _check_known(
     names: Names,
 ) -> None:
     """Every tensor has a weight here, and every weight the configuration speaks of has its tensors."""
-    wanted = [(module, "weight") for module in contents.factors]
+    wanted = [(module, "weight") for module in contents.adapted]
     wanted += [(module, part) for module, parts in contents.whole.items() for part in parts]
     for module, part in wanted:
         if (module, part) not in slots:
@@ -155,42 +163,39 @@ def _check_known(
                 "Load it on the model it was trained on, or name the module in name_map."
             )
         path = slots[module, part].path
-        if path in names.tied:
+        if path in names.tied and "trainable_tokens_delta" not in contents.adapted.get(module, {}):
             raise PeftFormatError(
                 f"{folder}: {path} is also the output head here, but PEFT adapts the lookup only; merge it with PEFT."
             )
-    if not contents.factors and not contents.whole:
+    if not contents.adapted and not contents.whole:
         raise PeftFormatError(f"{folder}: the adapter holds no tensors.")
+    rows = any("trainable_tokens_delta" in tensors for tensors in contents.adapted.values())
+    if config.get("trainable_token_indices") and not rows:
+        raise PeftFormatError(
+            f"{folder}: trainable_token_indices names rows, but their tensors are missing; is the file complete?"
+        )
     for (module, part), slot in slots.items():
-        full = contents.names.get(module, slot.module)
+        full = contents.names.get(module, slot.unit.name)
+        chosen = selects if slot.unit.parameter is None else selects_parameter
         if saves(config, full):
             missing = part not in contents.whole.get(module, {})
         else:
-            missing = part == "weight" and bool(selects(config, full)) and module not in contents.factors
+            named = chosen(config, full) or trains_rows(config, full)
+            missing = part == "weight" and bool(named) and module not in contents.adapted
         if missing:
             raise PeftFormatError(
                 f"{folder}: adapter_config.json names {full!r}, but its tensors are missing; is the file complete?"
             )
 
 
-def _read_factors(
-    site: Site, module: str, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], names: Names
-) -> Element:
+def _read(codec: Codec, items: list[Item], config: Mapping[str, Any]) -> tuple[Entry, dict[str, np.ndarray]]:
+    site = items[0].site
     if site.kind == "param":
         raise PeftFormatError(
-            f"{site.path} has a LoRA ({module}) but is not known as a matrix; pass sites=lowrank_jax.linen.sites(model, params, ...)."
+            f"{site.path} is adapted ({items[0].module}) but is not known as a matrix; pass "
+            "sites=lowrank_jax.linen.sites(model, params, ...)."
         )
-    parts = [name.removesuffix(".weight") for name in factor_names(site)]
-    if set(tensors) != set(parts):
-        raise PeftFormatError(
-            f"{module}: the adapter holds {sorted(tensors)} for {site.path}; expected {' and '.join(parts)}."
-        )
-    a, b = (tensors[part] for part in parts)
-    rank = pattern_value(config["rank_pattern"], module, config["r"])
-    alpha = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
-    for part, tensor, shape in zip(parts, (a, b), factor_shapes(site, rank), strict=True):
-        _check_tensor(tensor, f"{module}.{part}", shape, f"{site.path} at rank {rank}")
-    return Element(*factors_from_torch(site, a.read(), b.read()), alpha)
+    return codec.read(items, config)
 
 
 def _read_whole(site: Site, tensor: LazyTensor, copies: int) -> np.ndarray:
@@ -198,12 +203,4 @@ def _read_whole(site: Site, tensor: LazyTensor, copies: int) -> np.ndarray:
         raise PeftFormatError(
             f"{tensor.file}: modules_to_save holds layers of the stack {site.path}; load it on a model whose layers are not scanned."
         )
-    _check_tensor(tensor, site.path, weight_shape(site), site.path)
-    return weight_from_torch(site, tensor.read())
-
-
-def _check_tensor(tensor: LazyTensor, name: str, shape: tuple[int, ...], what: str) -> None:
-    if tensor.shape != shape:
-        raise PeftFormatError(f"{tensor.file}: {name} has shape {tensor.shape}; expected {shape} for {what}.")
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise PeftFormatError(f"{tensor.file}: {name} has type {tensor.dtype}; expected floating point.")
+    return weight_from_torch(site, take(tensor, site.path, weight_shape(site), site.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,11 +9,14 @@ from lowrank_jax.models import hf_map
 from lowrank_jax.models.bert_config import BertConfig
 from lowrank_jax.models.llama_config import LlamaConfig
 from lowrank_jax.models.trees import Config
+from lowrank_jax.peft.units import Parameter, Unit, depth, units
 from lowrank_jax.sites import Site
 
-NameMap = Mapping[str, str | Sequence[str]] | Callable[[str, int | None], str | None]
+Name = str | Parameter
+NameMap = Mapping[str, Name | Sequence[Name]] | Callable[[str, int | None], Name | None]
 """``{path: module name}``, or one name for each element of a stacked weight; the path is the weight's or its module's. Or a function
-``(path of the weight, element of its stack or None) -> module name or None``. Elements of several batch axes count row by row."""
+``(path of the weight, element of its stack or None) -> module name or None``. Elements of several batch axes count row by row.
+A `Parameter` in a name's place stands for several elements, the experts of a layer."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Names:
     """Module names of a model.
 
     Attributes:
-      of: ``site -> names``, one for each element of its stack, one if it is no stack, none if the other model lacks it.
+      of: ``site -> units``, one for each element of its stack, one if it is no stack, none if the other model lacks it.
       alias: brings a name in a file to a common spelling, in which names are compared.
       parts: ``{module: its parameters, 'weight' or 'bias'}`` of every module, or None where only the adapted ones are known.
       stacks: paths of stacked matrices, which cannot be recognised from the parameters alone.
@@ -30,7 +32,7 @@ class Names:
       task_type: what PEFT calls the model's task; ``head``: the module that PEFT expects in the file for that task, or None.
     """
 
-    of: Callable[[Site], tuple[str, ...]]
+    of: Callable[[Site], tuple[Unit, ...]]
     alias: Callable[[str], str] = str
     parts: Mapping[str, frozenset[str]] | None = None
     stacks: tuple[str, ...] = ()
@@ -73,27 +75,25 @@ def part_of(site: Site) -> str:
     return "bias" if site.path.rpartition("/")[2] == "bias" else "weight"
 
 
-def depth(site: Site) -> int | None:
-    """Elements of the site's stack, None for a plain weight."""
-    return math.prod(site.batch_shape) if site.batch else None
-
-
-def _custom(name_map: NameMap) -> Callable[[Site], tuple[str, ...]]:
-    def of(site: Site) -> tuple[str, ...]:
+def _custom(name_map: NameMap) -> Callable[[Site], tuple[Unit, ...]]:
+    def of(site: Site) -> tuple[Unit, ...]:
         n = depth(site)
-        found: str | Sequence[str | None] | None
+        found: Name | Sequence[Name | None] | None
         if not isinstance(name_map, Mapping):
             found = name_map(site.path, None) if n is None else [name_map(site.path, i) for i in range(n)]
         else:
             found = name_map.get(site.path, name_map.get(site.module))
-        names = (found,) if isinstance(found, str) or found is None else tuple(found)
+        names = (found,) if isinstance(found, Name) or found is None else tuple(found)
         if all(name is None for name in names):
             return ()
-        if len(names) != (n or 1) or not all(isinstance(name, str) and name for name in names):
+        parameters = isinstance(names[0], Parameter)
+        good = all(isinstance(name, Parameter) if parameters else isinstance(name, str) and name for name in names)
+        # The bias of a stacked module goes by the module's names, which say nothing about its own axes.
+        if not good or (not parameters and len(names) != (n or 1) and site.kind != "param"):
             raise ValueError(
                 f"name_map gives {found!r} for {site.path}; expected {n or 1} module name(s), such as 'encoder.layer.0.query'."
             )
-        return names  # type: ignore[return-value]
+        return units(site, names)  # type: ignore[arg-type]
 
     return of
 
@@ -112,7 +112,7 @@ def _reference(config: Config) -> Names:
     table_path = "embed_tokens/embedding" if llama else "embeddings/word_embeddings/embedding"
     is_tied = config.tie_word_embeddings if isinstance(config, LlamaConfig) else config.task == "mlm"
     return Names(
-        lambda site: modules.get(site.path, ()),
+        lambda site: units(site, modules.get(site.path, ())),
         hf_map.canonical,
         {module: frozenset(found) for module, found in parts.items()},
         tuple(entry.path for entry in table if entry.stacked and entry.transpose),

@@ -39,6 +39,27 @@ def saves(config: Mapping[str, Any], module: str) -> bool:
     return any(parent.endswith(name) for name in config.get("modules_to_save") or () for parent in parents)
 
 
+def selects_parameter(config: Mapping[str, Any], name: str) -> bool:
+    """Whether an adapter_config adapts a parameter of a module, ``module.parameter``.
+
+    Example:
+      >>> selects_parameter({"target_parameters": ["experts.up"]}, "layers.0.experts.up")
+      True
+    """
+    return _ends(name, config.get("target_parameters") or ())
+
+
+def trains_rows(config: Mapping[str, Any], module: str) -> bool:
+    """Whether an adapter_config names rows of a module; one that only lists rows means the model's input embedding, which it does not name.
+
+    Example:
+      >>> trains_rows({"trainable_token_indices": {"embed_tokens": [3]}}, "model.embed_tokens")
+      True
+    """
+    rows = config.get("trainable_token_indices")
+    return isinstance(rows, dict) and any(map(module.endswith, rows))
+
+
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """A module's entry of ``rank_pattern`` or ``alpha_pattern``; the first that matches counts.
 

@@ -3,92 +3,43 @@
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_models import (
+    SCANNED,
+    TOKENS,
+    assert_equal,
+    hf_peft,
+    make_base,
+    ours,
+    shaken,
+    theirs,
+    torch,
+    torch_model,
+    train,
+    transformers,
+)
 
-torch = pytest.importorskip("torch", reason="needs the parity extra")
-transformers = pytest.importorskip("transformers", reason="needs the parity extra")
-hf_peft = pytest.importorskip("peft", reason="needs the parity extra")
-
-import lowrank_jax as lr  # noqa: E402
-from lowrank_jax import models, peft  # noqa: E402
+import lowrank_jax as lr
+from lowrank_jax import models, peft
 
 pytestmark = pytest.mark.parity
-TOLERANCE = 1e-4
 
-_SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-              "max_position_embeddings": 40, "initializer_range": 0.2}  # fmt: skip
-BASES = {
-    "bert": ("BertForSequenceClassification", "BertConfig", _SIZES | {"num_labels": 3}),
-    "roberta": (
-        "RobertaForSequenceClassification",
-        "RobertaConfig",
-        _SIZES | {"num_labels": 3, "type_vocab_size": 1, "pad_token_id": 1},
-    ),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False}),
-}
 ATTENTION = {
     "bert": r".*/attention/(query|value)",
     "roberta": r".*/attention/(query|value)",
     "llama": r".*/(q_proj|v_proj)",
 }
 MLP = {"bert": r".*/mlp/.*", "roberta": r".*/mlp/.*", "llama": r".*/(gate_proj|down_proj)"}
-TOKENS = np.random.default_rng(0).integers(5, 97, (2, 9))
-
-
-SCANNED = {"bert": False, "roberta": True, "llama": True}
-EACH = pytest.mark.parametrize("base", BASES, indirect=True)
+EACH = pytest.mark.parametrize("base", ["bert", "roberta", "llama"], indirect=True)
 TWO = pytest.mark.parametrize("base", ["bert", "llama"], indirect=True)
 
 
 @pytest.fixture(scope="module")
 def base(request, tmp_path_factory):
     """(name, directory of a model whose every weight is random)."""
-    model_class, config_class, fields = BASES[request.param]
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    directory = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(directory)
-    return request.param, directory
-
-
-def torch_model(name: str, directory: pathlib.Path):
-    return getattr(transformers, BASES[name][0]).from_pretrained(directory, attn_implementation="eager").eval()
-
-
-def theirs(model) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(
-            input_ids=torch.tensor(TOKENS), attention_mask=torch.ones_like(torch.tensor(TOKENS))
-        ).logits.numpy()
-
-
-def ours(loaded: models.Loaded, adapters: lr.Adapters | None = None) -> np.ndarray:
-    mask = np.ones_like(TOKENS)
-    if adapters is None:
-        return np.asarray(loaded.model.apply({"params": loaded.params}, TOKENS, attention_mask=mask))
-    return np.asarray(lr.linen.apply(loaded.model, loaded.params, adapters, TOKENS, attention_mask=mask))
-
-
-def shaken(loaded: models.Loaded, rules) -> lr.Adapters:
-    """Adapters as if trained: every trained leaf moved at random, so that nothing is left at its initial value."""
-    sites = lr.linen.sites(loaded.model, loaded.params, TOKENS)
-    adapters = lr.init(jax.random.key(1), loaded.params, lr.plan(loaded.params, rules, sites=sites))
-    train, frozen = lr.partition(adapters)
-    leaves, tree = jax.tree.flatten(train)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    return lr.join(tree.unflatten(moved), frozen)
-
-
-def assert_equal(a: np.ndarray, b: np.ndarray, base: np.ndarray) -> None:
-    assert np.abs(a - base).max() > 0.05, "an adapter that changes nothing would agree with any other"
-    np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=TOLERANCE)
+    return request.param, make_base(request.param, tmp_path_factory.mktemp(request.param))
 
 
 METHODS = {
@@ -240,7 +191,7 @@ def test_we_run_their_trained_adapters_and_they_ours_again(base, case: str, tmp_
     )
     torch.manual_seed(1)
     model = hf_peft.get_peft_model(torch_model(name, directory), hf_peft.LoraConfig(target_modules=targets, **fields))
-    train(model)
+    train(model, lambda model: model(input_ids=torch.tensor(TOKENS)).logits)
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     expected = theirs(model)
 
@@ -251,19 +202,6 @@ def test_we_run_their_trained_adapters_and_they_ours_again(base, case: str, tmp_
     peft.save(adapters, tmp_path / "ours", architecture=loaded.config)
     again = hf_peft.PeftModel.from_pretrained(torch_model(name, directory), tmp_path / "ours")
     assert_equal(theirs(again), expected, ours(loaded))
-
-
-def train(model) -> None:
-    """Two steps of AdamW from a random start, so that every factor and the head have moved."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.train()(input_ids=torch.tensor(TOKENS)).logits.square().mean().backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize("base", ["bert"], indirect=True)

@@ -12,7 +12,7 @@ import lowrank_jax as lr
 from lowrank_jax import models, peft
 from lowrank_jax.forms import UnsupportedError
 from lowrank_jax.models.tensors import CorruptFileError, open_safetensors, save_safetensors
-from lowrank_jax.peft.config import make_config, read_config
+from lowrank_jax.peft.config import read_config
 from lowrank_jax.sites import describe
 
 PREFIX = "base_model.model."
@@ -56,18 +56,19 @@ def test_the_untouched_directory_loads(saved: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True},
         {"use_qalora": True},
         {"lora_bias": True},
         {"layer_replication": [[0, 1]]},
         {"trainable_token_indices": [1]},
-        {"target_parameters": ["experts.up"]},
+        {"trainable_token_indices": {"table": [1, 1]}},
+        {"use_dora": 1},
+        {"target_parameters": "experts.up"},
         {"alora_invocation_tokens": [3]},
         {"use_bdlora": {"nblocks": 2}},
         {"arrow_config": {"top_k": 2}},
         {"kasa_config": {"x": 1}},
         {"monteclora_config": {"x": 1}},
-        {"peft_type": "IA3"},
+        {"peft_type": "POLY"},
         {"bias": "all"},
         {"init_lora_weights": "pissa_niter_4"},
         {"r": 0},
@@ -101,7 +102,8 @@ def test_fields_without_effect_are_silent_and_unknown_ones_warn(saved: pathlib.P
 
 def test_a_minimal_config_takes_the_defaults_of_the_format(tmp_path: pathlib.Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["query"]}')
-    config = read_config(tmp_path)
+    codec, config = read_config(tmp_path)
+    assert codec.peft_type == "LORA"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 8, 0.0)
 
 
@@ -244,8 +246,7 @@ def test_layers_of_a_stack_cannot_come_from_modules_to_save(tmp_path: pathlib.Pa
         "stack/kernel", params["stack"]["kernel"], "dense", batch=(0,), inputs=(1,), outputs=(2,), scanned=(0,)
     )
     sites = lr.sites(params) | {"stack/kernel": stack}
-    config = make_config({"query": 1}, {"query": 1}, dropout=0.0, known=None, modules_to_save=["layers.0.up"], task_type=None,
-                         base_model_name_or_path=None)  # fmt: skip
+    config = {"peft_type": "LORA", "r": 1, "target_modules": ["query"], "modules_to_save": ["layers.0.up"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     one = np.ones((3, 3), np.float32)
     tensors = {"query.lora_A.weight": one[:1], "query.lora_B.weight": one[:, :1], "layers.0.up.weight": one}
