@@ -18,11 +18,10 @@ from lowrank_jax.adapters import (
 from lowrank_jax.at_quality import at_quality
 from lowrank_jax.at_rank import at_rank
 from lowrank_jax.attribution import contributions
-from lowrank_jax.bank import Bank
-from lowrank_jax.bank_files import load_bank, save_bank
 from lowrank_jax.collect import collect
-from lowrank_jax.combine import combine
-from lowrank_jax.convert import Conversion, to_lora
+from lowrank_jax.combining.combine import combine
+from lowrank_jax.convert.conversion import Conversion, to_lora
+from lowrank_jax.convert.padding import pad
 from lowrank_jax.folding import fold, merge, unfold
 from lowrank_jax.homeostasis import vida_scales, with_vida_scales
 from lowrank_jax.losses import symmetric_kl
@@ -68,9 +67,10 @@ from lowrank_jax.methods import (
     vida,
     zero_i2v,
 )
-from lowrank_jax.padding import pad
 from lowrank_jax.plan import Plan, on_layers, plan
 from lowrank_jax.rank_map import RankMap, rank_map
+from lowrank_jax.serve.bank import Bank
+from lowrank_jax.serve.bank_files import load_bank, save_bank
 from lowrank_jax.sites import Site, sites
 from lowrank_jax.statistics import Statistics
 from lowrank_jax.temporal_shift import shift_offsets, temporal_shift

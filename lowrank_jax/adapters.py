@@ -311,7 +311,8 @@ def add(first: Adapters, second: Adapters) -> Adapters:
     """Two adapters of one base as one: both act; on a weight that both adapt, the second acts after the first.
 
     Raises:
-      ValueError: folded adapters or stacks. UnsupportedError: a weight whose methods cannot share it.
+      ValueError: folded adapters or stacks. UnsupportedError: a weight whose methods cannot share it; leaves common to several sites
+        that differ between the two.
 
     Example:
       >>> import lowrank_jax as lr
@@ -336,6 +337,13 @@ def add(first: Adapters, second: Adapters) -> Adapters:
         both = build("chain", {"parts": tuple((m.name, m.config) for m in (one.method, two.method))})
         entries[path] = replace(one, method=both)
         sites[path] = {f"{n}.{k}": v for n, x in enumerate((first, second)) for k, v in x.sites[path].items()}
+    for name in first.shared.keys() & second.shared.keys():
+        same = jax.tree.map(lambda x, y: np.array_equal(x, y), first.shared[name], second.shared[name])
+        if not jax.tree.all(same):
+            raise UnsupportedError(
+                f"add: both adapters have leaves of {name} common to their sites, and they differ; convert one (lowrank_jax.to_lora), or "
+                "use lowrank_jax.combine."
+            )
     plan = replace(first.plan, entries=tuple(entries.values()))
     shared = {**first.shared, **second.shared}
     return Adapters(sites, shared, plan)

@@ -65,8 +65,14 @@ def merged_weight(entry: Entry, weight: jax.Array, form: Form) -> jax.Array:
         return form.weight.astype(weight.dtype)  # type: ignore[attr-defined]
     matrix = entry.site.canonical(weight)
     if isinstance(form, Dense):
-        return entry.site.original(form.weight).astype(weight.dtype)
-    return entry.site.original(matrix.astype(jnp.float32) + form.delta(matrix)).astype(weight.dtype)
+        whole = form.weight
+        if entry.layers is not None:  # the form's other layers are zeros, which for a whole weight is not "no change"
+            rows = jnp.asarray(entry.layers)
+            whole = matrix.astype(whole.dtype).at[rows].set(whole[rows])
+        return entry.site.original(whole).astype(weight.dtype)
+    # A TPU multiplies float32 as bfloat16 unless told otherwise.
+    with jax.default_matmul_precision("highest"):
+        return entry.site.original(matrix.astype(jnp.float32) + form.delta(matrix)).astype(weight.dtype)
 
 
 def fold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
@@ -110,7 +116,8 @@ def _shift(params: Any, adapters: Adapters, combine: Callable[[jax.Array, jax.Ar
         weight = flat[entry.site.path]
         anchor = spread(entry, entry.method.anchor(entry.local, adapters.sites[entry.site.path]))
         matrix = entry.site.canonical(weight).astype(jnp.float32)
-        new[entry.site.path] = entry.site.original(combine(matrix, anchor.delta(matrix))).astype(weight.dtype)
+        with jax.default_matmul_precision("highest"):
+            new[entry.site.path] = entry.site.original(combine(matrix, anchor.delta(matrix))).astype(weight.dtype)
     _refuse_nonfinite(new)
     return with_leaves(params, new)
 

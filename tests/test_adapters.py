@@ -157,3 +157,11 @@ def test_adapters_are_transparent_to_tree_functions():
     doubled = jax.tree.map(lambda x: 2 * x, adapters)
     assert doubled.plan is adapters.plan and not doubled.folded
     assert same(jax.jit(lambda a: a)(adapters), adapters)
+
+
+def test_adding_refuses_shared_leaves_that_differ():
+    params = {name: {"kernel": jnp.ones((6, 5))} for name in "xy"}
+    make = lambda site, seed: lr.init(jax.random.key(seed), params, lr.plan(params, {site: lr.vera(rank=3)}))  # noqa: E731
+    assert len(lr.add(make("x", 0), make("y", 0)).plan.entries) == 2
+    with pytest.raises(UnsupportedError, match="leaves of vera.* common to their sites, and they differ"):
+        lr.add(make("x", 0), make("y", 1))

@@ -109,3 +109,11 @@ def test_half_precision_models_run_near_their_merged_selves(compute):
     assert got.dtype == compute
     eps = float(jnp.finfo(compute).eps)
     assert np.abs(np.asarray(got, np.float32) - wide).max() <= 4 * eps * np.abs(wide).max()
+
+
+def test_full_on_some_layers_leaves_the_others_alone():
+    params = {"layers": {"kernel": jnp.arange(24.0).reshape(3, 4, 2), "bias": jnp.zeros((3, 2))}}
+    adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layers/kernel": lr.on_layers(lr.full(), [1])}))
+    moved = jax.tree.map(lambda x: x + 1, adapters)
+    change = np.asarray(lr.merge(params, moved)["layers"]["kernel"] - params["layers"]["kernel"])
+    assert (change[1] == 1).all() and not change[[0, 2]].any()

@@ -66,9 +66,10 @@ def adalora(
       interval: steps between two prunings.
       budget: ``rank`` keeps exactly ``target`` times the number of weights; ``parameters`` holds the numbers in ``a`` and ``b`` instead,
         where a direction of a wide weight costs more.
-      orthogonal: weight of the penalty ``||a^T a - I||^2 + ||b b^T - I||^2``, summed over weights.
+      orthogonal: weight of the penalty, the mean of ``||a^T a - I||^2`` and ``||b b^T - I||^2`` over weights (a mean as in the released
+        code: summed over weights it decides the ranking alone).
       betas: smoothing of the sensitivity ``|w * dL/dw|`` and of its variation, whose product is the importance.
-      compat: ``official`` has the penalty as the released code does: the mean over all ``a`` and ``b`` of the norms, not squared.
+      compat: ``official`` has the penalty as the released code does: the norms are not squared.
 
     Raises:
       ValueError: a target above the rank, fractions out of order, an interval below 1, betas outside [0, 1), or (at a site) a rank

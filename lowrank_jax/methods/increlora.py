@@ -52,7 +52,8 @@ def increlora(
       top: how many weights grow in a round.
       start, stop: fractions of the run between which the rounds that this takes are evenly spread.
       ramp: fraction of the run over which the updates of a new direction rise to their full size.
-      orthogonal: weight of the penalty ``||a^T a - I||^2 + ||b b^T - I||^2`` of the directions in use or in reserve, summed over weights.
+      orthogonal: weight of the penalty, the mean over weights of ``||a^T a - I||^2`` and ``||b b^T - I||^2`` of the directions in use or
+        in reserve.
       betas: smoothing of the importance and of its variation.
 
     Raises:

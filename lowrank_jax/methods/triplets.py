@@ -43,14 +43,20 @@ def gram_errors(leaves: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 
 def orthogonality(sites: Mapping[str, Mapping[str, jax.Array]], used: Mapping[str, Any] | None = None) -> jax.Array:
-    """``sum ||a^T a - I||_F^2 + ||b b^T - I||_F^2`` over sites and layers, of all directions or of those ``used [*batch, r]``."""
-    total = jnp.float32(0)
+    """The mean of ``||a^T a - I||_F^2`` and ``||b b^T - I||_F^2`` over all sites and layers.
+
+    A sum would grow with the model and drown the task's gradient, in the importance of directions too.
+
+    Args:
+      used: ``{path: [*batch, r]}`` bool, the directions that count; None: all.
+    """
+    total, number = jnp.float32(0), 0
     for path, leaves in sites.items():
         for error in gram_errors(leaves):
             if used is not None:
                 error = jnp.where(used[path][..., None] & used[path][..., None, :], error, 0)
-            total = total + (error**2).sum()
-    return total
+            total, number = total + (error**2).sum(), number + error[..., 0, 0].size
+    return total / number
 
 
 def without_zeros(site: Site, a: Any, e: Any, b: Any, scale: float) -> tuple[Method, dict[str, Any]]:

@@ -132,7 +132,7 @@ def test_penalty_is_the_papers_or_the_releases():
     p, one = leaves_of(adapters), np.eye(RANK)
     norms = [np.linalg.norm(p["a"][n].T @ p["a"][n] - one) for n in range(2)]
     norms += [np.linalg.norm(p["b"][n] @ p["b"][n].T - one) for n in range(2)]
-    np.testing.assert_allclose(lr.penalty(params, adapters), 0.5 * np.sum(np.square(norms)), rtol=1e-6)
+    np.testing.assert_allclose(lr.penalty(params, adapters), 0.5 * np.mean(np.square(norms)), rtol=1e-6)
     official = adapt(kernel(2, 12, 10), adalora(orthogonal=0.5, compat="official"))
     np.testing.assert_allclose(lr.penalty(params, official), 0.5 * np.mean(norms), rtol=1e-6)
     orthonormal = official.replace(sites={PATH: {**official.sites[PATH], "a": jnp.eye(12)[None, :, :4].repeat(2, 0)}})

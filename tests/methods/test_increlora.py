@@ -159,7 +159,7 @@ def test_the_penalty_is_of_directions_in_use_or_in_reserve():
     adapters = adapt(kernel(12, 10), increlora(orthogonal=0.5))
     p = leaves_of(adapters)
     a, b = p["a"][:, :3], p["b"][:3]  # one active, two in reserve
-    expected = 0.5 * (((a.T @ a - np.eye(3)) ** 2).sum() + ((b @ b.T - np.eye(3)) ** 2).sum())
+    expected = 0.5 / 2 * (((a.T @ a - np.eye(3)) ** 2).sum() + ((b @ b.T - np.eye(3)) ** 2).sum())
     np.testing.assert_allclose(lr.penalty({"layer": {"kernel": kernel(12, 10)}}, adapters), expected, rtol=1e-6)
 
 

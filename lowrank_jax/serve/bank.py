@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters import Adapters, check_params, stack
-from lowrank_jax.combine import combine
-from lowrank_jax.convert import check_plain, to_lora
-from lowrank_jax.factors import Rank
+from lowrank_jax.combining.combine import combine
+from lowrank_jax.convert.conversion import check_plain, to_lora
+from lowrank_jax.convert.factors import Rank
+from lowrank_jax.convert.padding import pad
+from lowrank_jax.convert.updates import common_entry
 from lowrank_jax.forms import UnsupportedError
 from lowrank_jax.methods.lora import lora
 from lowrank_jax.methods.ranks import largest
-from lowrank_jax.padding import pad
 from lowrank_jax.plan import Entry, Plan
 from lowrank_jax.sites import flatten
-from lowrank_jax.updates import common_entry
 
 BASE = "__base__"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -13,14 +13,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lowrank_jax.adapters import Adapters, check_params
-from lowrank_jax.factors import Factors, Rank, check_target, reduced, squared_distance, squared_norm, stacked
+from lowrank_jax.convert.factors import Factors, Rank, check_target, reduced, squared_distance, squared_norm, stacked
+from lowrank_jax.convert.updates import update_of
 from lowrank_jax.forms import UnsupportedError, leaf_spec
 from lowrank_jax.methods.base import Leaves
 from lowrank_jax.methods.lora import lora
 from lowrank_jax.methods.ranks import largest, of_stack
 from lowrank_jax.plan import Entry, Plan
 from lowrank_jax.sites import flatten, matches, named_sharding, no_match
-from lowrank_jax.updates import update_of
 
 
 class Conversion(NamedTuple):

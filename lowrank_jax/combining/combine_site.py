@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import task_vectors
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.convert import as_lora, placed
-from lowrank_jax.factors import Factors, Rank, joined
+from lowrank_jax.combining import task_vectors
+from lowrank_jax.convert.conversion import as_lora, placed
+from lowrank_jax.convert.factors import Factors, Rank, joined
+from lowrank_jax.convert.updates import Update, common_entry, numbers, update_of
 from lowrank_jax.forms import UnsupportedError
 from lowrank_jax.methods.base import Leaves
 from lowrank_jax.methods.full import full
 from lowrank_jax.plan import Entry, local_kernel
-from lowrank_jax.updates import Update, common_entry, numbers, update_of
 
 
 class Recipe(NamedTuple):

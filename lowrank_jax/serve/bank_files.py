@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lowrank_jax.bank import Bank, check_name
 from lowrank_jax.checkpoint import Base, CheckpointError, check_base, load_adapter, read_record, save_adapter
 from lowrank_jax.files import write_directory
+from lowrank_jax.serve.bank import Bank, check_name
 
 _FORMAT = 1
 _LIST, _ADAPTERS = "bank.json", "adapters"

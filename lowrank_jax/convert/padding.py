@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.convert import check_plain, placed
-from lowrank_jax.factors import Factors, stacked, trimmed
+from lowrank_jax.convert.conversion import check_plain, placed
+from lowrank_jax.convert.factors import Factors, stacked, trimmed
+from lowrank_jax.convert.updates import numbers, same_weight, update_of
 from lowrank_jax.methods.base import scaling
 from lowrank_jax.methods.lora import lora
 from lowrank_jax.methods.ranks import largest, layer_ranks
 from lowrank_jax.plan import Entry, Plan
-from lowrank_jax.updates import numbers, same_weight, update_of
 
 
 def pad(adapters: Adapters, like: int | Plan, dtype: Any = None) -> Adapters:

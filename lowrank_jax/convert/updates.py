@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.factors import Factors, factors_of, is_low_rank
+from lowrank_jax.convert.factors import Factors, factors_of, is_low_rank
 from lowrank_jax.forms import Form, UnsupportedError
 from lowrank_jax.methods.base import Context
 from lowrank_jax.plan import Entry, local_kernel

@@ -1,0 +1,1 @@
+"""Any method as a LoRA, and LoRAs of one shape."""
