@@ -17,8 +17,6 @@ from lowrank_jax.adapters import (
 )
 from lowrank_jax.at_quality import at_quality
 from lowrank_jax.at_rank import at_rank
-from lowrank_jax.attribution import contributions
-from lowrank_jax.collect import collect
 from lowrank_jax.combining.combine import combine
 from lowrank_jax.convert.conversion import Conversion, to_lora
 from lowrank_jax.convert.padding import pad
@@ -72,7 +70,9 @@ from lowrank_jax.rank_map import RankMap, rank_map
 from lowrank_jax.serve.bank import Bank
 from lowrank_jax.serve.bank_files import load_bank, save_bank
 from lowrank_jax.sites import Site, sites
-from lowrank_jax.statistics import Statistics
+from lowrank_jax.stats.attribution import contributions
+from lowrank_jax.stats.collect import collect
+from lowrank_jax.stats.statistics import Statistics
 from lowrank_jax.temporal_shift import shift_offsets, temporal_shift
 
 __all__ = [

@@ -19,7 +19,7 @@ from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
 from lowrank_jax.methods.base import Context, Given, Leaves, Method, Seen, build
 from lowrank_jax.plan import SHARED, Entry, Plan, check_statistics, gather, local_kernel
 from lowrank_jax.sites import Site, flatten, named_sharding
-from lowrank_jax.statistics import Statistics
+from lowrank_jax.stats.statistics import Statistics
 
 
 @struct.dataclass

@@ -16,7 +16,7 @@ from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
 from lowrank_jax.sites import Site, describe, flatten, matches, no_match
 from lowrank_jax.sites import sites as find_sites
-from lowrank_jax.statistics import Statistics, collector
+from lowrank_jax.stats.statistics import Statistics, collector
 
 SHARED = "shared:"  # prefix of shared leaves among the sites of a train tree
 

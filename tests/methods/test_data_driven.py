@@ -9,7 +9,7 @@ from scipy.linalg import lu
 
 import lowrank_jax as lr
 from lowrank_jax.sites import flatten
-from lowrank_jax.statistics import Statistics, fingerprint
+from lowrank_jax.stats.statistics import Statistics, fingerprint
 
 K, G = kernel(12, 10), kernel(12, 10, seed=5)
 SPREAD = np.diag(np.float32(2.0) ** np.arange(6, -6, -1))

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.collect import Loss, shown
 from lowrank_jax.plan import Plan
 from lowrank_jax.sites import Site, flatten, with_leaves
-from lowrank_jax.statistics import Statistics, check_finite, fingerprint
+from lowrank_jax.stats.collect import Loss, shown
+from lowrank_jax.stats.statistics import Statistics, check_finite, fingerprint
 
 
 def contributions(

@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import sums as running
 from lowrank_jax.adapters import Adapters
 from lowrank_jax.forms import Leaf
 from lowrank_jax.forms.probe import Probe
 from lowrank_jax.methods.base import STATISTICS, Context, Given, Leaves, Method
 from lowrank_jax.plan import Entry, Plan
 from lowrank_jax.sites import Site, flatten, with_leaves
-from lowrank_jax.statistics import Statistics
-from lowrank_jax.sums import Sums, Wanted
+from lowrank_jax.stats import sums as running
+from lowrank_jax.stats.statistics import Statistics
+from lowrank_jax.stats.sums import Sums, Wanted
 
 Loss = Callable[[Any, Adapters, Any], jax.Array]
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_jax import statistics
 from lowrank_jax.forms import Leaf, leaf_spec
 from lowrank_jax.sites import Site, named_sharding
-from lowrank_jax.statistics import Statistics, check_finite, fingerprint
+from lowrank_jax.stats import statistics
+from lowrank_jax.stats.statistics import Statistics, check_finite, fingerprint
 
 Sums = dict[str, dict[str, jax.Array]]
 Wanted = Mapping[str, Mapping[str, Site]]

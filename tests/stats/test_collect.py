@@ -13,10 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lr
-from lowrank_jax import statistics
-from lowrank_jax.attribution import attribute
 from lowrank_jax.sites import flatten, with_leaves
-from lowrank_jax.statistics import fingerprint
+from lowrank_jax.stats import statistics
+from lowrank_jax.stats.attribution import attribute
+from lowrank_jax.stats.statistics import fingerprint
 
 BATCHES = [jax.random.randint(jax.random.key(n), (4, 5), 0, 12) for n in range(3)]
 

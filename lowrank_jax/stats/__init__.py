@@ -1,0 +1,1 @@
+"""What initialisations and rank allocation read of a model and its data."""
