@@ -1,6 +1,9 @@
 """Eight virtual CPU devices for every test, and quick compilation; set before jax is imported anywhere."""
 
 import os
+import pathlib
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -12,3 +15,16 @@ _FLAGS = (
 )
 _missing = [flag for flag in _FLAGS if flag not in os.environ.get("XLA_FLAGS", "")]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_missing]).strip()
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY = 20_000  # Linux allows a process 65,530 by default
+
+
+@pytest.fixture(autouse=True)
+def _few_compiled_programs():
+    """Every program that XLA compiles on a CPU keeps memory mappings; when they run out the compiler crashes."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        import jax
+
+        jax.clear_caches()
