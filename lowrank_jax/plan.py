@@ -294,7 +294,7 @@ def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
             "or lowrank_jax.nnx.sites(model), or declare it."
         )
     if rule.layers is not None:
-        usable = [p for p in usable if found[p].batch or _layer_number(p) in rule.layers]
+        usable = [p for p in usable if found[p].scanned or _layer_number(p) in rule.layers]
     if not usable:
         raise ValueError(no_match(f"Pattern {pattern!r}", pattern, found))
     return usable
@@ -345,7 +345,8 @@ def _layer_number(path: str) -> int | None:
 
 
 def _stack_layers(site: Site, rule: Rule) -> tuple[int, ...] | None:
-    if rule.layers is None or not site.batch or _layer_number(site.path) is not None:
+    # A number in the path of a scanned weight is some module's; which layer it is in, its stack says.
+    if rule.layers is None or not site.scanned:
         return None
     depth = site.shape[site.batch[0]]
     outside = [layer for layer in rule.layers if not 0 <= layer < depth]

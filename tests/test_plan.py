@@ -145,3 +145,9 @@ def test_configuration_of_another_model_is_refused():
         from_config(PARAMS, [{**config[0], "method": "lorra"}])
     with pytest.raises(TypeError, match="lora has no field 'rnk'; did you mean 'rank'"):
         from_config(PARAMS, [{**config[0], "config": {"rnk": 2}}])
+
+
+def test_a_number_in_a_module_of_a_stack_is_no_layer():
+    params = {"layers": {"mlp_1": {"kernel": jnp.zeros((3, 4, 5)), "bias": jnp.zeros((3, 5))}}}
+    plan = lr.plan(params, {".*/mlp_1/kernel": lr.on_layers(lr.lora(2), [0, 2])})
+    assert plan.entries[0].layers == (0, 2)
