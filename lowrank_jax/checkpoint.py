@@ -83,6 +83,7 @@ class Checkpoints:
       >>> params = {"x": {"kernel": jnp.eye(4)}}
       >>> plan = lr.plan(params, {"x": lr.lora(rank=2)})
       >>> adapters = lr.init(jax.random.key(0), params, plan)
+      >>> import tempfile
       >>> with Checkpoints(tempfile.mkdtemp(), base_reference("eye", params), plan) as checkpoints:
       ...     checkpoints.save(7, adapters, optimizer={"count": jnp.ones(())}, record={"note": "hello"})
       ...     checkpoints.wait()
@@ -281,6 +282,7 @@ def load_adapter(directory: os.PathLike[str] | str, params: Any, base: Base | No
       >>> import lowrank_jax as lr
       >>> params = {"x": {"kernel": jnp.eye(4)}}
       >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"x": lr.lora(rank=2)}))
+      >>> import tempfile
       >>> where = save_adapter(pathlib.Path(tempfile.mkdtemp()) / "adapter", adapters, base_reference("eye", params))
       >>> load_adapter(where, params).plan.trainable
       16

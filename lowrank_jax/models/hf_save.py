@@ -63,6 +63,7 @@ def save(
       >>> from lowrank_jax.models import LlamaConfig, build
       >>> config = LlamaConfig.tiny()
       >>> params = build(config).init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
+      >>> import tempfile
       >>> sorted(p.name for p in save(params, config, tempfile.mkdtemp()).iterdir())
       ['config.json', 'model.safetensors']
     """

@@ -15,6 +15,7 @@ def scale_leaf(leaf: str, factor: float) -> optax.GradientTransformation:
     Models (arXiv 2402.12354) gives ``b`` a larger one than ``a``.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> tx = scale_leaf("b", 16.0)
       >>> updates, _ = tx.update({"site": {"a": jnp.ones(1), "b": jnp.ones(1)}}, tx.init({}))
       >>> updates["site"]
