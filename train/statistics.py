@@ -39,7 +39,11 @@ def before_plan(
         )
     tuned = lr.merge(params, load_adapter(where, params))
     found: dict[str, Site] = lr.linen.sites(model, params, _example(loader))
-    sites = {path: site for path, site in found.items() if any(matches(pattern, path) for pattern in patterns)}
+    sites = {
+        path: site
+        for path, site in found.items()
+        if any(matches(p, path) and site.kind in rules[p].site_kinds for p in patterns)
+    }
     return lr.contributions(_loss(model, task), params, tuned, sites, _batches(config, loader, mesh))
 
 

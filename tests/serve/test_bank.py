@@ -261,7 +261,7 @@ def test_only_a_bank_is_replaced_and_only_when_complete(bank, tmp_path, monkeypa
     before = files_of(tmp_path)
     lr.save_bank(where, bank, base)
     assert files_of(tmp_path) == before
-    monkeypatch.setattr("lowrank_jax.bank_files.save_adapter", functools.partial(_fail_at, "core"))
+    monkeypatch.setattr("lowrank_jax.serve.bank_files.save_adapter", functools.partial(_fail_at, "core"))
     with pytest.raises(OSError, match="disk full"):
         lr.save_bank(where, bank.remove("lora"), base)
     assert files_of(tmp_path) == before

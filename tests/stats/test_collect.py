@@ -188,7 +188,7 @@ def test_writing_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
             clock[0] += 7
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("lowrank_jax.sums.save", write)
+    monkeypatch.setattr("lowrank_jax.stats.sums.save", write)
     collect(build("linen", "mixed", "plain"), batches(), directory=tmp_path)
     assert written == [1, 4, 7, 10, 12]
 
