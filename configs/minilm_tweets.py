@@ -21,7 +21,7 @@ HEAD = "classifier"
 
 # Learning rate and fields of each method (``method`` where the recipe's name is another).
 RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
-    "full": (5e-5, {}),
+    "full": (1e-4, {}),
     "lora": (1e-3, {"rank": 16}),
     "rslora": (1e-3, {"method": "lora", "rank": 16, "alpha": 4.0, "rank_stabilised": True}),
     "lora_plus": (5e-4, {"method": "lora", "rank": 16, "plus": 4.0}),

@@ -294,7 +294,13 @@ def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
             "or lowrank_jax.nnx.sites(model), or declare it."
         )
     if rule.layers is not None:
+        matched = usable
         usable = [p for p in usable if found[p].scanned or _layer_number(p) in rule.layers]
+        if not usable and matched:
+            raise ValueError(
+                f"Pattern {pattern!r} matches {matched[0]}, but nothing in the layers {list(rule.layers)}. Layers are counted by the first "
+                "number in a path, or along a scanned stack; experts are not layers."
+            )
     if not usable:
         raise ValueError(no_match(f"Pattern {pattern!r}", pattern, found))
     return usable

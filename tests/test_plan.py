@@ -68,7 +68,7 @@ def test_the_most_specific_rule_wins_and_of_equals_the_later():
             ValueError,
             r"stack/up/kernel is a stack of 3 layers; layers=\[3\] asks for 3",
         ),
-        ({".*/mlp": lr.on_layers(lr.lora(1), [7])}, {}, ValueError, r"matches no weight"),
+        ({".*/mlp": lr.on_layers(lr.lora(1), [7])}, {}, ValueError, r"nothing in the layers \[7\]"),
     ],
 )
 def test_bad_plans_name_the_place_and_the_remedy(rules, more, error, message):

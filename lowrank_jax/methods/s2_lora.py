@@ -39,7 +39,7 @@ def s2_lora(
     Args:
       rank: r. alpha: ``s = alpha / r``; None takes alpha = rank. dropout: on the input of this path, during training.
       threshold: how far a coefficient is drawn at each update: learning rate times weight of the L1 norm; see `sora`.
-      orthogonal: weight of ``||a^T a - I||^2 + ||b b^T - I||^2``, summed over sizes, which makes coefficients comparable.
+      orthogonal: weight of ``||a^T a - I||^2`` and ``||b b^T - I||^2``, their mean over all pairs, which makes coefficients comparable.
 
     The paper has no released code. That sparsity comes from a proximal step, as in SoRA, and not from a gradient of the L1 norm, which
     never gives zeros, is a reconstruction; so are both weights, and the start of ``a`` and ``b``: normal, columns of ``a`` and rows
