@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lr
+from configs.minilm_tweets import LINEAR
 from lowrank_jax import assets, models
 from lowrank_jax.models.tokenizer import load_tokenizer
 from train.data import Loader
 from train.data import load as load_data
 
-LINEAR = r".*/(query|key|value|attention/output|mlp/intermediate|mlp/output)"
 HEAD_RATE = 2e-3
 MAX_LENGTH = 48
 
@@ -46,6 +46,12 @@ def data(task: str, split: str, seed: int, limit: int | None, glue: str | None =
     )  # fmt: skip
 
 
+def batch_of_full_width(labels: int) -> dict[str, Any]:
+    """A fixed batch of 32 x 48 tokens, for times."""
+    tokens = jax.random.randint(jax.random.key(0), (32, MAX_LENGTH), 1000, 20000)
+    return {"tokens": tokens, "mask": jnp.ones_like(tokens), "label": jnp.arange(32) % labels}
+
+
 def cosine(steps: Any) -> Any:
     """Linear warmup over the first tenth, then half a cosine to zero; ``steps`` may be traced."""
     return lambda count: jnp.minimum(count / (0.1 * steps), 0.5 + 0.5 * jnp.cos(jnp.pi * (count / steps - 0.1) / 0.9))
@@ -58,9 +64,10 @@ class Trainer:
       train: the loader of each seed's order. plan, statistics: of the method. init_seconds: of the last `start`, compilation included.
     """
 
-    def __init__(self, method: lr.Method, train: Callable[[int], Loader], tuned: Any = None):
+    def __init__(self, method: lr.Method, train: Callable[[int], Loader], tuned: Any = None, pattern: str = LINEAR,
+                 model_and_params: Any = None):  # fmt: skip
         self.train, labels = train, train(0).num_labels
-        model, params, _ = base(labels)
+        model, params = model_and_params or base(labels)[:2]
         self._params = params
 
         def loss_with(params: Any, adapters: lr.Adapters, batch: Any, **rngs: Any) -> jax.Array:
@@ -68,11 +75,11 @@ class Trainer:
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
         self.loss = loss_with
-        rules = {LINEAR: method, "classifier": lr.full()}
+        rules = {pattern: method, "classifier": lr.full()}
         first = [next(train(0).iterator())] if method.needs - {"kernel"} else []
         self.statistics = None
         if "contribution" in method.needs:
-            sites = {p: s for p, s in lr.sites(params).items() if lr.plan(params, {LINEAR: lr.lora(1)}).by_path.get(p)}
+            sites = {p: s for p, s in lr.sites(params).items() if lr.plan(params, {pattern: lr.lora(1)}).by_path.get(p)}
             self.statistics = lr.contributions(loss_with, params, tuned(), sites, first, progress=False)
         self.plan = lr.plan(params, rules, statistics=self.statistics)
         if method.needs & {"gradient", "covariance"}:

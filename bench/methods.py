@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lr
-from bench.classify import MAX_LENGTH, Trainer, base, data, head_count
+from bench.classify import MAX_LENGTH, Trainer, base, batch_of_full_width, data, head_count
 from bench.common import RESULTS, interleaved, machine, table, write_json
 from configs.minilm_tweets import RECIPES
 from lowrank_jax.checkpoint import base_reference, save_adapter
@@ -40,12 +40,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "limit": None,
     },
 }  # fmt: skip
-
-
-def batch_of_full_width(labels: int) -> dict[str, Any]:
-    """A fixed batch of 32 x 48 tokens, for times."""
-    tokens = jax.random.randint(jax.random.key(0), (32, MAX_LENGTH), 1000, 20000)
-    return {"tokens": tokens, "mask": jnp.ones_like(tokens), "label": jnp.arange(32) % labels}
 
 
 @functools.cache
@@ -103,13 +97,13 @@ def saved_bytes(params: Any, adapters: lr.Adapters) -> int:
 
 def measure(name: str, task: str, size: dict[str, Any], glue: str | None) -> dict[str, Any]:
     """One row."""
-    rate, fields = RECIPES[name]
+    recipe = RECIPES[name]
     loader = functools.partial(data, task, "train", limit=None, glue=glue)
-    method = lr.build(fields.get("method", name), {k: v for k, v in fields.items() if k != "method"})
-    trainer = Trainer(method, lambda seed: loader(seed=seed), tuned=lambda: tuned(task, size, glue))
-    row: dict[str, Any] = {"method": name, "task": task, "config": str(method), **costs(trainer)}
+    method = lr.build(recipe.method or name, recipe.fields)
+    trainer = Trainer(method, lambda seed: loader(seed=seed), lambda: tuned(task, size, glue), recipe.pattern)
+    row: dict[str, Any] = {"method": name, "task": task, **costs(trainer)}
     judged = data(task, "validation", 0, 1000, glue)
-    rates = [rate * factor for factor in size["factors"]]
+    rates = [recipe.learning_rate * factor for factor in size["factors"]]
     best = rates[0]
     if len(rates) > 1:
         grid = {r: trainer.accuracy(*trainer.run(size["grid_steps"], r, 0)[:2], judged)[0] for r in rates}
@@ -131,7 +125,7 @@ def measure(name: str, task: str, size: dict[str, Any], glue: str | None) -> dic
 def tuned(task: str, size: dict[str, Any], glue: str | None) -> Any:
     """The base after full fine-tuning on the task, for methods that compare with it."""
     trainer = Trainer(lr.full(), lambda seed: data(task, "train", seed, None, glue))
-    params, adapters, _ = trainer.run(size["steps"], RECIPES["full"][0], 0)
+    params, adapters, _ = trainer.run(size["steps"], RECIPES["full"].learning_rate, 0)
     return lr.merge(params, adapters)
 
 

@@ -32,26 +32,25 @@ def large(n_in: int, n_out: int) -> jax.Array:
     return (u * values) @ v.T + 0.01 * jax.random.normal(keys[2], (n_in, n_out))
 
 
-def seconds(call: Any, runs: int) -> float:
-    """Median time of a compiled call."""
-    times = []
+def timed(call: Any, kernel: jax.Array, runs: int) -> tuple[Any, float]:
+    """What a call gives, compiled beforehand, and the median of its seconds."""
+    compiled = jax.jit(call).lower(kernel).compile()
+    times, result = [], None
     for _ in range(runs):
         began = time.perf_counter()
-        jax.block_until_ready(call())
+        result = jax.block_until_ready(compiled(kernel))
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return result, statistics.median(times)
 
 
 def compare(name: str, kernel: jax.Array, rank: int) -> dict[str, Any]:
     """One row."""
-    quick = jax.jit(lambda w: linalg.svd(w, rank, key=jax.random.key(1)))
-    exact = jax.jit(lambda w: linalg.svd(w, rank, method="exact"))
-    found, whole = jax.block_until_ready(quick(kernel)), None
-    whole = jax.block_until_ready(exact.lower(kernel).compile()(kernel))
+    found, quick = timed(lambda w: linalg.svd(w, rank, key=jax.random.key(1)), kernel, 5)
+    whole, exact = timed(lambda w: linalg.svd(w, rank, method="exact"), kernel, 1 if kernel.size > 1e7 else 3)
     energy = lambda u: float(jnp.sum(jnp.matmul(jnp.swapaxes(u, -1, -2), kernel, precision="highest") ** 2))  # noqa: E731
     return {
-        "kernel": name, "rank": rank, "exact_seconds": seconds(lambda: exact(kernel), 1 if kernel.size > 1e7 else 3),
-        "randomized_seconds": seconds(lambda: quick(kernel), 5), "energy": energy(found[0]) / energy(whole[0]),
+        "kernel": name, "rank": rank, "exact_seconds": exact, "randomized_seconds": quick,
+        "energy": energy(found[0]) / energy(whole[0]),
     }  # fmt: skip
 
 

@@ -18,8 +18,9 @@ import time
 from typing import Any
 
 import lowrank_jax as lr
-from bench.classify import LINEAR, Trainer, base, data, head_count
+from bench.classify import Trainer, base, data, head_count
 from bench.common import RESULTS, machine, table, write_json
+from configs.minilm_tweets import LINEAR
 
 METHODS: dict[str, lr.Method] = {
     "full": lr.full(),

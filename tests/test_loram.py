@@ -108,6 +108,17 @@ def test_the_update_is_the_small_one_where_something_is_kept_and_zero_elsewhere(
             assert np.count_nonzero(whole) == np.count_nonzero(part) == part.size
 
 
+def test_a_head_trained_in_full_stays_as_it_is():
+    pair = Pair.of("bert")
+    sites = lr.linen.sites(pair.small_model, pair.small, TOKENS)
+    plan = lr.plan(pair.small, {r".*/mlp/.*": lr.lora(2), "classifier": lr.full()}, sites=sites)
+    adapters = lr.init(jax.random.key(0), pair.small, plan)
+    adapters = adapters.replace(sites=jax.tree.map(lambda x: x + 1, adapters.sites))
+    recovered = lr.loram.recover(adapters, pair.kept, pair.params)
+    np.testing.assert_array_equal(*jax.tree.leaves([a.sites["classifier/kernel"] for a in (recovered, adapters)]))
+    assert recovered.sites["layers_0/mlp/output/kernel"]["a"].shape[0] == BERT.intermediate_size
+
+
 def test_query_heads_go_with_their_key_value_head():
     pair = Pair.of("llama")
     flat = {path.split("/")[-2]: one for path, one in pair.kept.items() if path.startswith("layers_0/attention")}
@@ -236,8 +247,10 @@ def test_refusals_name_what_is_wrong():
         lr.loram.recover(adapters, pair.kept, pair.params, fill="normal")
     with pytest.raises(ValueError, match="layers_0/attention/k_proj/kernel: the adapter is for a weight of shape"):
         lr.loram.recover(pair.lora(of_small=False), pair.kept, pair.params)
-    with pytest.raises(UnsupportedError, match="layer/kernel: LoRAM is for lora, not for pissa"):
-        lr.loram.recover(adapt(kernel(8, 6), lr.pissa(rank=2)), pair.kept, params_of(kernel(8, 6)))
+    path = next(iter(pair.kept))
+    plan = lr.plan(pair.small, {path: lr.pissa(rank=2)}, sites=lr.linen.sites(pair.small_model, pair.small, TOKENS))
+    with pytest.raises(UnsupportedError, match=f"{path}: LoRAM is for lora, not for pissa"):
+        lr.loram.recover(lr.init(jax.random.key(0), pair.small, plan), pair.kept, pair.params)
     with pytest.raises(ValueError, match="layer/kernel has 8 x 6 entries: cannot keep"):
         lr.loram.sparsify(params_of(kernel(8, 6)), {"layer": (2, 3)})
     with pytest.raises(ValueError, match="cannot keep 0.0 of them"):

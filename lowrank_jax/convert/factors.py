@@ -61,16 +61,22 @@ def factors_of(form: Form) -> Factors | None:
 
     None where they have more directions than the matrix: then the matrix is smaller.
     """
-    wide = jax.eval_shape(lambda: _low_rank(form))
+    wide = jax.eval_shape(lambda: absorbed(form))
     if wide.a.shape[-1] > min(wide.a.shape[-2], wide.b.shape[-1]):
         return None
-    low = _low_rank(form)
+    low = absorbed(form)
     return Factors(np.asarray(low.a), np.asarray(low.b), low.scale)
 
 
-def _low_rank(form: Form) -> LowRank:
+def absorbed(form: Form) -> LowRank:
+    """The two factors of a low-rank form, float32, a core multiplied in, at full precision on accelerators too."""
+    with jax.default_matmul_precision("highest"):
+        return _absorbed(form)
+
+
+def _absorbed(form: Form) -> LowRank:
     if isinstance(form, Chain):
-        parts = [_low_rank(part) for part in form.forms]
+        parts = [_absorbed(part) for part in form.forms]
         b = jnp.concatenate([part.b * part.scale for part in parts], -2)
         return LowRank(jnp.concatenate([part.a for part in parts], -1), b)
     low: LowRank = form.as_low_rank()  # type: ignore[attr-defined]
@@ -83,7 +89,7 @@ def _low_rank(form: Form) -> LowRank:
             b = mid @ b
         else:
             a = a @ mid
-    return LowRank(a, b, scale=low.scale)
+    return LowRank(a, b, scale=low.scale, dropout=low.dropout)
 
 
 def joined(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:

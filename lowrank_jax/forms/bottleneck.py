@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms._matmul import dot
 from lowrank_jax.forms.base import Call, Record, UnsupportedError
 
@@ -136,13 +137,6 @@ def product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
 def plus(x: jax.Array, bias: jax.Array) -> jax.Array:
     """``x [*batch, ..., n]`` plus ``bias [*batch, n]``."""
     return x + bias.reshape(*bias.shape[:-1], *[1] * (x.ndim - bias.ndim), bias.shape[-1]).astype(x.dtype)
-
-
-def drop(x: jax.Array, probability: float, rng: jax.Array | None) -> jax.Array:
-    """Dropout; ``rng`` is None outside training."""
-    if not probability or rng is None:
-        return x
-    return jnp.where(jax.random.bernoulli(rng, 1 - probability, x.shape), x / (1 - probability), 0).astype(x.dtype)
 
 
 def accumulator(x: jax.Array) -> jnp.dtype:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms._matmul import low_rank_matmul
 from lowrank_jax.forms.base import Call, KeepsBias, Leaf, Record
 from lowrank_jax.sites import Site
@@ -46,9 +47,8 @@ class LowRank(KeepsBias):
     def update(self, call: Call) -> jax.Array:
         """What `apply` adds to the output."""
         x = call.x
-        if self.dropout and call.rng is not None and jnp.issubdtype(x.dtype, jnp.inexact):
-            keep = jax.random.bernoulli(call.rng, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.inexact):  # an embedding's input are indices
+            x = drop(x, self.dropout, call.rng)
         if call.kind == "dense":
             product = functools.partial(low_rank_matmul, scale=self.scale)
             for _ in self.a.shape[:-2]:  # batch axes of the matmul itself, such as experts

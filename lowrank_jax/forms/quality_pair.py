@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms.base import Call, KeepsBias, Record, UnsupportedError
-from lowrank_jax.forms.bottleneck import drop, product
+from lowrank_jax.forms.bottleneck import product
 
 SIGNAL = "quality"
 

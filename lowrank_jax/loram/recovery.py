@@ -34,7 +34,8 @@ def recover(
       key: for ``normal``.
 
     Raises:
-      UnsupportedError: an adapter of another method than lora. ValueError: an adapter or parameters of another model; no key.
+      UnsupportedError: another method than lora on a weight that was cut (a head trained in full stays as it is).
+      ValueError: an adapter or parameters of another model; no key.
     """
     if fill not in ("zero", "normal") or (fill == "normal") != (key is not None):
         raise ValueError(f"recover(fill={fill!r}): expected 'zero', or 'normal' with a key.")
@@ -65,7 +66,7 @@ def shrink(adapters: Adapters, kept: Mapping[str, Kept], params: Any) -> Adapter
     """A LoRA of the whole model cut down to the small one, whose parameters are given: undoes `recover`.
 
     Raises:
-      UnsupportedError: an adapter of another method than lora. ValueError: an adapter or parameters of another model.
+      UnsupportedError: another method than lora on a weight that is cut. ValueError: an adapter or parameters of another model.
     """
 
     def of_entry(entry: Entry, one: Kept, leaves: Leaves) -> Leaves:
@@ -95,10 +96,10 @@ def _moved(
     config, sites = adapters.plan.to_config(), dict(adapters.sites)
     for item, entry in zip(config, adapters.plan.entries, strict=True):
         path = entry.site.path
+        if path not in kept:  # as large as it was: a head trained in full, say
+            continue
         if entry.method.name != "lora":
             raise UnsupportedError(f"{path}: LoRAM is for lora, not for {entry.method.name}.")
-        if path not in kept:
-            continue
         now, then = change(kept[path])
         if entry.site.shape != now.shape:
             raise ValueError(

@@ -9,6 +9,7 @@ import pathlib
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -104,7 +105,8 @@ def save(
             f"{min(whole)}: {codec.peft_type} has no modules that are trained in full. Save it beside a LoRA, "
             "or merge it (lowrank_jax.merge)."
         )
-    written = codec.write(pieces, names.modules)
+    with jax.default_matmul_precision("highest"):  # what is exported is called exact
+        written = codec.write(pieces, names.modules)
     tensors |= {f"{PREFIX}{module}.{name}": x for module, parts in written.modules.items() for name, x in parts.items()}
     tensors |= {f"{COMMON}{name}": x for name, x in written.common.items()}
     tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}

@@ -48,13 +48,8 @@ def test_every_recipe_makes_an_experiment():
         config = minilm_tweets.get_config(name)
         configs.check(config)
         assert config.name == f"minilm_tweets_{name}"
-    used = {fields.get("method", name) for name, (_, fields) in minilm_tweets.RECIPES.items()}
-    without = {
-        "chain",
-        "one_bit_packed",
-        "sparse_update",
-        "trainable_tokens",
-    }  # made by other calls, or for embeddings only
+    used = {recipe.method or name for name, recipe in minilm_tweets.RECIPES.items()}
+    without = {"chain", "one_bit_packed", "sparse_update"}  # made by other calls
     assert set(lr.methods.names()) - used - without <= {"toy_vector"}
     with pytest.raises(configs.ConfigError, match="has no recipe 'lamba'; did you mean 'lamda'"):
         minilm_tweets.get_config("lamba")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from lowrank_jax.convert.factors import absorbed
 from lowrank_jax.forms import LowRank, Magnitude, UnsupportedError
 from lowrank_jax.peft.codecs.base import Arrays, Piece, Written
 from lowrank_jax.peft.codecs.trainable_tokens import rows_of
@@ -39,8 +39,8 @@ def write(pieces: Sequence[Piece], known: Collection[str] | None) -> Written:
     parameters = nested(unit.parameter for piece in low_rank for unit in piece.units if unit.parameter is not None)
     for piece in low_rank:
         site, form = piece.entry.site, piece.form()
-        low: LowRank = form.low if isinstance(form, Magnitude) else form.as_low_rank()  # type: ignore[attr-defined]
-        low = _absorbed(site, low)
+        part: LowRank = form.low if isinstance(form, Magnitude) else form.as_low_rank()  # type: ignore[attr-defined]
+        low = jax.tree.map(lambda x, like=part.a: x.astype(like.dtype), absorbed(part))
         dropouts.append(low.dropout)
         for unit in piece.units:
             if not set(unit.elements) & adapted(piece.entry).keys():
@@ -94,21 +94,9 @@ def _all_dora(entries: Sequence[Entry]) -> bool:
     return True in kinds
 
 
-def _absorbed(site: Site, form: Any) -> LowRank:
-    """The update with its core multiplied in, all batch axes as one."""
-    form = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[len(site.batch) :]), form)
-    if form.mid is None:
-        return form
-    mid = form.mid.astype(np.float32)
-    mid = mid[..., None] * np.eye(mid.shape[-1], dtype=np.float32) if mid.ndim < form.a.ndim else mid
-    if site.n_out <= site.n_in:
-        return form.replace(b=(mid @ form.b.astype(np.float32)).astype(form.a.dtype), mid=None)
-    return form.replace(a=(form.a.astype(np.float32) @ mid).astype(form.a.dtype), mid=None)
-
-
 def _factors(site: Site, unit: Unit, form: LowRank) -> tuple[np.ndarray, np.ndarray]:
     """``a [elements, n_in, r]`` and ``b [elements, r, n_out]`` of a unit, padding cut off."""
-    a, b = np.asarray(form.a)[list(unit.elements)], np.asarray(form.b)[list(unit.elements)]
+    a, b = (np.asarray(x).reshape(-1, *x.shape[-2:])[list(unit.elements)] for x in (form.a, form.b))
     if site.batch:
         used = (a != 0).any((0, 1)) | (b != 0).any((0, 2))
         used[0] |= not used.any()  # no change at all is still written, at rank 1
