@@ -116,7 +116,7 @@ def test_a_head_trained_in_full_stays_as_it_is():
     adapters = adapters.replace(sites=jax.tree.map(lambda x: x + 1, adapters.sites))
     recovered = lr.loram.recover(adapters, pair.kept, pair.params)
     np.testing.assert_array_equal(*jax.tree.leaves([a.sites["classifier/kernel"] for a in (recovered, adapters)]))
-    assert recovered.sites["layers_0/mlp/output/kernel"]["a"].shape[0] == BERT.intermediate_size
+    assert recovered.sites["encoder/layers_0/mlp/output/kernel"]["a"].shape[0] == BERT.intermediate_size
 
 
 def test_query_heads_go_with_their_key_value_head():
