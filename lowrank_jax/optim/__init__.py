@@ -1,7 +1,9 @@
-"""Optax transforms of the methods, and what phases need of an optimizer."""
+"""Optax transforms: of the methods, of gradients in subspaces, and what phases need of an optimizer."""
 
+from lowrank_jax.optim.adam_8bit import scale_by_adam_8bit
 from lowrank_jax.optim.budget import cubic_budget, keep_best, share_out
 from lowrank_jax.optim.freeze_rows import freeze_rows, frozen_rows
+from lowrank_jax.optim.galore import galore
 from lowrank_jax.optim.grow_triplets import grow_triplets
 from lowrank_jax.optim.phases import carry_state, with_methods
 from lowrank_jax.optim.prune_triplets import prune_triplets
@@ -13,9 +15,11 @@ __all__ = [
     "cubic_budget",
     "freeze_rows",
     "frozen_rows",
+    "galore",
     "grow_triplets",
     "keep_best",
     "prune_triplets",
+    "scale_by_adam_8bit",
     "share_out",
     "soft_threshold",
     "update_used",

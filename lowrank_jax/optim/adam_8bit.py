@@ -1,0 +1,75 @@
+"""Adam whose moments are stored in eight bits a number."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.optim.blockwise import BLOCK, Quantised, dequantise, quantise
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """Attributes: count: updates made, int32. mu, nu: a `Quantised` for each large leaf, float32 for each small one."""
+
+    count: jax.Array  # type: ignore[assignment]
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam_8bit(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, block: int = BLOCK, min_size: int = 4096
+) -> optax.GradientTransformation:
+    """Adam with block-wise dynamic eight-bit moments: two bytes and a few a number instead of eight.
+
+    8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861). The moments are decoded, updated in float32 and encoded again in every
+    step, without feedback of the error. Use it like ``optax.scale_by_adam``, as the inner transform of `galore` too.
+
+    Args:
+      b1, b2, eps: as in ``optax.scale_by_adam``. block: numbers that share a scale.
+      min_size: leaves with fewer numbers keep float32 moments.
+
+    Raises:
+      ValueError: a decay outside [0, 1), a block of no numbers.
+
+    Example:
+      >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+      >>> state = scale_by_adam_8bit().init(params)
+      >>> state.mu["w"].codes.dtype, state.mu["b"].dtype
+      (dtype('uint8'), dtype('float32'))
+    """
+    if not (0 <= b1 < 1 and 0 <= b2 < 1) or block < 1:
+        raise ValueError(
+            f"scale_by_adam_8bit(b1={b1}, b2={b2}, block={block}): expected decays in [0, 1) and a block of at least 1."
+        )
+
+    def start(leaf: jax.Array, signed: bool) -> Any:
+        zeros = jnp.zeros(leaf.shape, jnp.float32)
+        return quantise(zeros, signed, block) if leaf.size >= min_size else zeros
+
+    def init(params: Any) -> ScaleByAdam8bitState:
+        mu, nu = (jax.tree.map(lambda x, s=signed: start(x, s), params) for signed in (True, False))
+        return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def moment(stored: Any, value: jax.Array, decay: float, signed: bool) -> jax.Array:
+        old = dequantise(stored, value.shape, signed) if isinstance(stored, Quantised) else stored
+        return decay * old + (1 - decay) * value
+
+    def update(updates: Any, state: ScaleByAdam8bitState, params: Any = None) -> tuple[Any, ScaleByAdam8bitState]:
+        count = optax.safe_increment(state.count)
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(updates)
+        steps, mus, nus = [], [], []
+        for g, mu, nu in zip(leaves, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True):
+            wide = g.astype(jnp.float32)
+            m, v = moment(mu, wide, b1, True), moment(nu, wide**2, b2, False)
+            steps.append((m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)).astype(g.dtype))
+            large = isinstance(mu, Quantised)
+            mus.append(quantise(m, True, block) if large else m)
+            nus.append(quantise(v, False, block) if large else v)
+        new = ScaleByAdam8bitState(count, treedef.unflatten(mus), treedef.unflatten(nus))
+        return treedef.unflatten(steps), new
+
+    return optax.GradientTransformation(init, update)
