@@ -3,21 +3,26 @@
 from lowrank_jax.optim.adam_8bit import scale_by_adam_8bit
 from lowrank_jax.optim.budget import cubic_budget, keep_best, share_out
 from lowrank_jax.optim.freeze_rows import freeze_rows, frozen_rows
+from lowrank_jax.optim.frugal import frugal
 from lowrank_jax.optim.galore import galore
 from lowrank_jax.optim.grow_triplets import grow_triplets
+from lowrank_jax.optim.layer_sampling import Layers, lisa
 from lowrank_jax.optim.phases import carry_state, with_methods
 from lowrank_jax.optim.prune_triplets import prune_triplets
 from lowrank_jax.optim.soft_threshold import soft_threshold
 from lowrank_jax.optim.update_used import update_used
 
 __all__ = [
+    "Layers",
     "carry_state",
     "cubic_budget",
     "freeze_rows",
     "frozen_rows",
+    "frugal",
     "galore",
     "grow_triplets",
     "keep_best",
+    "lisa",
     "prune_triplets",
     "scale_by_adam_8bit",
     "share_out",

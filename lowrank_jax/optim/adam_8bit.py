@@ -53,8 +53,8 @@ def scale_by_adam_8bit(
         mu, nu = (jax.tree.map(lambda x, s=signed: start(x, s), params) for signed in (True, False))
         return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def moment(stored: Any, value: jax.Array, decay: float, signed: bool) -> jax.Array:
-        old = dequantise(stored, value.shape, signed) if isinstance(stored, Quantised) else stored
+    def moment(stored: Any, value: jax.Array, decay: float) -> jax.Array:
+        old = dequantise(stored) if isinstance(stored, Quantised) else stored
         return decay * old + (1 - decay) * value
 
     def update(updates: Any, state: ScaleByAdam8bitState, params: Any = None) -> tuple[Any, ScaleByAdam8bitState]:
@@ -64,7 +64,7 @@ def scale_by_adam_8bit(
         steps, mus, nus = [], [], []
         for g, mu, nu in zip(leaves, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True):
             wide = g.astype(jnp.float32)
-            m, v = moment(mu, wide, b1, True), moment(nu, wide**2, b2, False)
+            m, v = moment(mu, wide, b1), moment(nu, wide**2, b2)
             steps.append((m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)).astype(g.dtype))
             large = isinstance(mu, Quantised)
             mus.append(quantise(m, True, block) if large else m)

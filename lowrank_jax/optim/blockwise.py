@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 BLOCK = 256
 _DECADES = 7
 
 
-class Quantised(NamedTuple):
-    """Attributes: codes: ``[blocks, block]`` uint8. largest: ``[blocks]`` float32, the largest absolute value of each block."""
+@struct.dataclass
+class Quantised:
+    """An array in eight bits a number.
+
+    Attributes:
+      codes: ``[blocks, block]`` uint8. largest: ``[blocks]`` float32, the largest absolute value of each block.
+      shape: of the array. signed: which codebook the codes are of.
+    """
 
     codes: jax.Array
     largest: jax.Array
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+    signed: bool = struct.field(pytree_node=False, default=True)
 
 
 @functools.cache
@@ -54,15 +63,15 @@ def quantise(x: jax.Array, signed: bool = True, block: int = BLOCK) -> Quantised
     book = codebook(signed)
     middles = ((book[1:].astype(np.float64) + book[:-1]) / 2).astype(np.float32)
     scaled = blocks / jnp.where(largest > 0, largest, 1)[:, None]
-    return Quantised(jnp.searchsorted(middles, scaled).astype(jnp.uint8), largest)
+    return Quantised(jnp.searchsorted(middles, scaled).astype(jnp.uint8), largest, jnp.shape(x), signed)
 
 
-def dequantise(q: Quantised, shape: tuple[int, ...], signed: bool = True) -> jax.Array:
-    """The numbers, float32.
+def dequantise(q: Quantised) -> jax.Array:
+    """The numbers, in the shape they had, float32.
 
     Example:
-      >>> dequantise(quantise(jnp.array([[4.0, 0.0]])), (1, 2)).tolist()
+      >>> dequantise(quantise(jnp.array([[4.0, 0.0]]))).tolist()
       [[4.0, 0.0]]
     """
-    values = jnp.asarray(codebook(signed))[q.codes] * q.largest[:, None]
-    return values.ravel()[: int(np.prod(shape))].reshape(shape)
+    values = jnp.asarray(codebook(q.signed))[q.codes] * q.largest[:, None]
+    return values.ravel()[: math.prod(q.shape)].reshape(q.shape)

@@ -1,35 +1,16 @@
-"""GaLore: any optax transform, run in a low-rank subspace of each matrix's gradient."""
+"""GaLore: any optax transform, run in the leading singular directions of each matrix's gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import get_args
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from lowrank_jax import linalg
-from lowrank_jax.optim.subspace import Bases, Side, leading, project, project_back, projected_size, sides, turn
-from lowrank_jax.optim.targets import choose
-from lowrank_jax.sites import Site, flatten, with_leaves
-
-OnRefresh = Literal["keep", "reset", "rotate"]
-
-
-class Projected(NamedTuple):
-    """The state of one weight: its subspace, and the inner transform's state on what is projected."""
-
-    bases: Bases
-    inner: Any
-
-
-class GaloreState(NamedTuple):
-    """Attributes: count: updates made, int32. projected: ``{path: Projected}``. rest: the inner state of every other leaf."""
-
-    count: jax.Array  # type: ignore[assignment]
-    projected: dict[str, Projected]
-    rest: Any
+from lowrank_jax.optim.projected import OnRefresh, Space, check_numbers, check_words, quantised, run_projected
+from lowrank_jax.optim.subspace import Side, projected_size, singular_directions
+from lowrank_jax.sites import Site
 
 
 def galore(
@@ -45,6 +26,7 @@ def galore(
     svd: linalg.SvdMethod = "randomized",
     on_refresh: OnRefresh = "keep",
     stagger: bool = True,
+    quantise_subspace: bool = False,
     seed: int = 0,
 ) -> optax.GradientTransformation:
     """GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection (arXiv 2403.03507).
@@ -76,6 +58,8 @@ def galore(
         squares, which is an approximation and not in the paper).
       stagger: spreads the refreshes over ``refresh_every`` steps, weight by weight, so that after the first step none does them all.
         False: all at steps 0, T, 2T, as the official code does.
+      quantise_subspace: keep ``P`` in eight bits a number (block-wise dynamic, about 1% error); 8-bit moments are an inner transform of
+        their own, `lowrank_jax.optim.scale_by_adam_8bit`.
       seed: of the sketches.
 
     Raises:
@@ -83,122 +67,32 @@ def galore(
         matches nothing or is no matrix (by path); from ``update``, a state of other weights, an inner transform that needs parameters.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> params = {"layer": {"kernel": jnp.ones((6, 8)), "bias": jnp.zeros(8)}}
       >>> tx = optax.chain(galore(optax.scale_by_adam(), rank=2), optax.scale_by_learning_rate(1e-2))
       >>> state = tx.init(params)
       >>> state[0].projected["layer/kernel"].inner.mu.shape, state[0].rest.mu["layer/bias"].shape
       ((2, 8), (8,))
     """
-    if rank < 1 or refresh_every < 1:
-        raise ValueError(f"galore(rank={rank}, refresh_every={refresh_every}): expected numbers of at least 1.")
-    for name, value, known in (
-        ("side", side, ("smaller", "larger", "input", "output", "both")),
-        ("on_refresh", on_refresh, ("keep", "reset", "rotate")),
-        ("svd", svd, ("randomized", "exact")),
-    ):
-        if value not in known:
-            raise ValueError(f"galore({name}={value!r}): expected one of {', '.join(known)}.")
+    check_numbers("galore", rank=rank, refresh_every=refresh_every)
+    check_words(
+        "galore",
+        side=(side, get_args(Side)),
+        on_refresh=(on_refresh, get_args(OnRefresh)),
+        svd=(svd, get_args(linalg.SvdMethod)),
+    )
 
-    def chosen(tree: Any) -> dict[str, Site]:
-        found = choose("galore", tree, targets, sites, allow_other)
-        for path, site in found.items():
-            if rank > projected_size(side, site.n_in, site.n_out):
-                raise ValueError(
-                    f"galore(rank={rank}) at {path}: the projected side of [{site.n_in}, {site.n_out}] has only "
-                    f"{projected_size(side, site.n_in, site.n_out)} dimensions. Choose a smaller rank, or leave the weight out of targets."
-                )
-        return found
-
-    def init(params: Any) -> GaloreState:
-        flat, weights = flatten(params), chosen(params)
-        return GaloreState(
-            jnp.zeros((), jnp.int32),
-            {path: _start(inner, site, rank, side, flat[path].dtype) for path, site in weights.items()},
-            inner.init({path: leaf for path, leaf in flat.items() if path not in weights}),
-        )
-
-    def update(updates: Any, state: GaloreState, params: Any = None) -> tuple[Any, GaloreState]:
-        flat, weights = flatten(updates), chosen(updates)
-        _check_state(state, weights, rank, side)
-        new, projected = {}, {}
-        for n, (path, site) in enumerate(weights.items()):
-            g, old = site.canonical(flat[path]), state.projected[path]
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), n), state.count)
-
-            def refreshed(g: jax.Array, old: Projected, key: jax.Array) -> Projected:
-                bases = leading(g, rank, side, key, svd)
-                bases = jax.tree.map(lambda x, y: x.astype(y.dtype), bases, old.bases)
-                if on_refresh == "reset":
-                    return Projected(bases, inner.init(project(g, bases)))
-                if on_refresh == "rotate":
-                    return Projected(bases, _rotated(old, bases, project(g, bases).shape, state.count))
-                return Projected(bases, old.inner)
-
-            first = n * refresh_every // len(weights) if stagger else 0
-            due = (state.count == 0) | (state.count % refresh_every == first)
-            bases, inner_state = jax.lax.cond(due, refreshed, lambda g, old, key: old, g, old, key)
-            step, inner_state = _inner_update(inner, project(g, bases), inner_state)
-            new[path] = site.original(scale * project_back(step, bases)).astype(flat[path].dtype)
-            projected[path] = Projected(bases, inner_state)
-        rest = {path: leaf for path, leaf in flat.items() if path not in weights}
-        others, rest_state = _inner_update(inner, rest, state.rest)
-        state = GaloreState(optax.safe_increment(state.count), projected, rest_state)
-        return with_leaves(updates, {**new, **others}), state
-
-    return optax.GradientTransformation(init, update)
-
-
-def _start(inner: optax.GradientTransformation, site: Site, rank: int, side: Side, dtype: Any) -> Projected:
-    inputs, outputs = sides(side, site.n_in, site.n_out)
-    zeros = lambda n: jnp.zeros((*site.batch_shape, n, rank), dtype)  # noqa: E731
-    bases = Bases(zeros(site.n_in) if inputs else None, zeros(site.n_out) if outputs else None)
-    shape = (*site.batch_shape, rank if inputs else site.n_in, rank if outputs else site.n_out)
-    return Projected(bases, inner.init(jnp.zeros(shape, dtype)))
-
-
-def _rotated(old: Projected, bases: Bases, shape: tuple[int, ...], count: jax.Array) -> Any:
-    """The inner state with every array of the projected shape seen from the new subspace; before the first step it is zero anyway."""
-    between = turn(old.bases, bases)
-    squared = jax.tree.map(jnp.square, between)
-
-    def one(path: Any, leaf: jax.Array) -> jax.Array:
-        if leaf.shape != shape:
-            return leaf
-        second = any(getattr(part, "name", None) == "nu" for part in path)
-        return project_back(leaf, squared if second else between).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, old.inner)
-
-
-def _inner_update(inner: optax.GradientTransformation, updates: Any, state: Any) -> tuple[Any, Any]:
-    try:
-        return inner.update(updates, state, None)
-    except ValueError as error:
-        if "`params`" not in str(error):
-            raise
-        raise ValueError(
-            "galore: the inner transform needs the parameters, which are not in the subspace. Chain what needs them, such as "
-            "optax.add_decayed_weights, after galore, and take optax.scale_by_adam() as the inner transform instead of optax.adamw."
-        ) from error
-
-
-def _check_state(state: GaloreState, weights: Mapping[str, Site], rank: int, side: Side) -> None:
-    for path, site in weights.items():
-        if path not in state.projected:
+    def space(site: Site) -> Space:
+        size = projected_size(side, site.n_in, site.n_out)
+        if rank > size:
             raise ValueError(
-                f"galore: the state holds no subspace for {path}; it was made for other weights. Make it with init."
+                f"galore(rank={rank}) at {site.path}: the projected side of [{site.n_in}, {site.n_out}] has only {size} dimensions. "
+                "Choose a smaller rank, or leave the weight out of targets."
             )
-        bases = state.projected[path].bases
-        inputs, outputs = sides(side, site.n_in, site.n_out)
-        expected = [(*site.batch_shape, n, rank) for n, used in ((site.n_in, inputs), (site.n_out, outputs)) if used]
-        found = [x.shape for x in jax.tree.leaves(bases)]
-        if expected != found:
-            raise ValueError(
-                f"galore: the state's subspace for {path} has shape {found}, expected {expected}; it was made with another rank, side or "
-                "model. Make it with init."
-            )
-    left = set(state.projected) - set(weights)
-    if left:
-        raise ValueError(
-            f"galore: the state holds a subspace for {min(left)}, which is not targeted. Make it with init."
-        )
+        directions = singular_directions(rank, side, svd)
+        return quantised(directions) if quantise_subspace else directions
+
+    return run_projected(
+        "galore", inner, space, scale=scale, free=None, refresh_every=refresh_every, on_refresh=on_refresh, stagger=stagger,
+        by_size=False, targets=targets, sites=sites, allow_other=allow_other, seed=seed,
+    )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg
+from lowrank_jax.optim.projected import Space
 
 Side = Literal["smaller", "larger", "input", "output", "both"]
 
@@ -43,6 +45,32 @@ def projected_size(side: Side, n_in: int, n_out: int) -> int:
       (4, 8)
     """
     return min(n for n, chosen in zip((n_in, n_out), sides(side, n_in, n_out), strict=True) if chosen)
+
+
+def singular_directions(rank: int, side: Side, method: linalg.SvdMethod = "randomized") -> Space:
+    """The space of GaLore: the gradient's leading singular directions."""
+    return bases_space(rank, side, lambda g, key: leading(g, rank, side, key, method))
+
+
+def bases_space(rank: int, side: Side, find: Callable[[jax.Array, jax.Array], Bases]) -> Space:
+    """A space of orthonormal `Bases` of ``rank`` columns, which ``(g, key) ->`` finds."""
+
+    def start(shape: tuple[int, ...], dtype: Any) -> Bases:
+        used = zip(shape[-2:], sides(side, *shape[-2:]), strict=True)
+        return Bases(*(jnp.zeros((*shape[:-2], n, rank), dtype) if chosen else None for n, chosen in used))
+
+    def turned(r: jax.Array, old: Bases, new: Bases, squares: bool) -> jax.Array:
+        between = turn(old, new)
+        return project_back(r, jax.tree.map(jnp.square, between) if squares else between)
+
+    return Space(
+        start,
+        lambda g, key, number: find(g, key),
+        project,
+        lambda r, bases, shape: project_back(r, bases),
+        lambda g, bases: g - project_back(project(g, bases), bases),
+        turned,
+    )
 
 
 def leading(g: jax.Array, rank: int, side: Side, key: jax.Array, method: linalg.SvdMethod = "randomized") -> Bases:

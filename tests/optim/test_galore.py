@@ -42,7 +42,7 @@ def test_bases_are_orthonormal_and_of_the_chosen_side(side):
         "input": dict.fromkeys(SHAPES, "i"), "output": dict.fromkeys(SHAPES, "o"), "both": dict.fromkeys(SHAPES, "io"),
     }[side]  # fmt: skip
     for name, (n_in, n_out) in SHAPES.items():
-        bases = state.projected[f"{name}/kernel"].bases
+        bases = state.projected[f"{name}/kernel"].subspace
         assert (bases.inputs is not None, bases.outputs is not None) == ("i" in expected[name], "o" in expected[name])
         for basis, size in ((bases.inputs, n_in), (bases.outputs, n_out)):
             if basis is not None:
@@ -71,7 +71,7 @@ def test_at_full_rank_it_is_sgd_and_it_is_not_adam():
                 (updates,), _ = run(galore(optax.sgd(1.0), rank, **{**EXACT, "scale": 0.5}, side=side), 1, params)
                 np.testing.assert_allclose(updates[name]["kernel"], -0.5 * g, atol=1e-5)
             (updates,), state = run(galore(optax.scale_by_adam(eps=0.0), rank, side=side, **EXACT), 1, params)
-            bases = state.projected[f"{name}/kernel"].bases
+            bases = state.projected[f"{name}/kernel"].subspace
             rotated = project_back(jnp.sign(project(g, bases)), bases)
             np.testing.assert_allclose(updates[name]["kernel"], rotated, atol=1e-4)
             assert np.abs(updates[name]["kernel"] - jnp.sign(g)).max() > 0.5
@@ -99,6 +99,22 @@ def test_the_state_is_as_small_as_the_formula_says():
         assert sum(x.size for x in held) == 4 * small + 2 * 4 * large, path
 
 
+@pytest.mark.parametrize("on_refresh", ["keep", "rotate"])
+def test_a_quantised_subspace_is_a_quarter_as_large_and_nearly_the_same(on_refresh):
+    params = {"x": {"kernel": kernel(256, 320)}}
+    small, plain = (
+        galore(optax.scale_by_adam(), 8, refresh_every=2, on_refresh=on_refresh, quantise_subspace=q)
+        for q in (True, False)
+    )
+    held = [
+        sum(x.nbytes for x in jax.tree.leaves(tx.init(params).projected["x/kernel"].subspace)) for tx in (small, plain)
+    ]
+    assert held[0] == 256 * 8 * (1 + 4 / 256) and held[1] == 256 * 8 * 4
+    for a, b in zip(run(small, 3, params)[0], run(plain, 3, params)[0], strict=True):
+        difference = np.linalg.norm(a["x"]["kernel"] - b["x"]["kernel"]) / np.linalg.norm(b["x"]["kernel"])
+        assert 0 < difference < 0.1
+
+
 def moments(state, name="wide"):
     return state.projected[f"{name}/kernel"].inner
 
@@ -113,10 +129,12 @@ def test_what_a_refresh_does_to_the_moments():
     for how, state in states.items():
         tx = galore(optax.scale_by_adam(), 2, refresh_every=3, on_refresh=how, **EXACT)
         updates, after = tx.update(g, state, PARAMS)
-        r = project(g["wide"]["kernel"], after.projected["wide/kernel"].bases)
+        r = project(g["wide"]["kernel"], after.projected["wide/kernel"].subspace)
         old, new = moments(state), moments(after)
         assert (
-            np.abs(after.projected["wide/kernel"].bases.inputs - state.projected["wide/kernel"].bases.inputs).max()
+            np.abs(
+                after.projected["wide/kernel"].subspace.inputs - state.projected["wide/kernel"].subspace.inputs
+            ).max()
             > 0.1
         )
         if how == "keep":
@@ -127,7 +145,9 @@ def test_what_a_refresh_does_to_the_moments():
             assert new.count == 1
             assert abs(np.linalg.norm(updates["wide"]["kernel"]) - np.sqrt(2 * 10)) < 1e-3
         else:
-            c = np.asarray(after.projected["wide/kernel"].bases.inputs.T @ state.projected["wide/kernel"].bases.inputs)
+            c = np.asarray(
+                after.projected["wide/kernel"].subspace.inputs.T @ state.projected["wide/kernel"].subspace.inputs
+            )
             np.testing.assert_allclose(new.mu, 0.9 * c @ old.mu + 0.1 * r, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(new.nu, 0.999 * c**2 @ old.nu + 0.001 * r**2, rtol=1e-4, atol=1e-7)
 
@@ -137,10 +157,10 @@ def test_between_refreshes_the_subspace_stays_and_staggered_weights_take_turns()
         tx = galore(optax.identity(), 2, refresh_every=4, svd="exact", stagger=stagger)
         state, changed, update = tx.init(PARAMS), [], jax.jit(tx.update)
         for step in range(steps):
-            before = {path: p.bases for path, p in state.projected.items()}
+            before = {path: p.subspace for path, p in state.projected.items()}
             _, state = update(gradients(step), state, PARAMS)
             same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))  # noqa: E731
-            changed.append(sum(not same(before[path], p.bases) for path, p in state.projected.items()))
+            changed.append(sum(not same(before[path], p.subspace) for path, p in state.projected.items()))
         return changed
 
     assert changes(False) == [3, 0, 0, 0, 3, 0, 0, 0, 3]
@@ -151,7 +171,7 @@ def test_layers_of_a_stack_have_subspaces_of_their_own():
     params = {"layers": {"up": {"kernel": kernel(4, 6, 8), "bias": jnp.zeros((4, 8))}}}
     tx = galore(optax.scale_by_adam(), 2, refresh_every=2, **EXACT)
     stacked, state = run(tx, 3, params)
-    assert state.projected["layers/up/kernel"].bases.inputs.shape == (4, 6, 2)
+    assert state.projected["layers/up/kernel"].subspace.inputs.shape == (4, 6, 2)
     for layer in range(4):
         one = {"up": {"kernel": params["layers"]["up"]["kernel"][layer]}}
         state = tx.init(one)
@@ -205,7 +225,7 @@ def test_bfloat16_gradients_keep_their_dtype():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     (updates,), state = run(galore(optax.scale_by_adam(), 2), 1, params)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
-    assert state.projected["wide/kernel"].bases.inputs.dtype == jnp.bfloat16
+    assert state.projected["wide/kernel"].subspace.inputs.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("side", ["smaller", "larger"])
