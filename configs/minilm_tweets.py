@@ -63,7 +63,7 @@ RECIPES = {
     "one_bit": Recipe(2e-3, {"rank": 16}),
     "pego": Recipe(1e-3, {"rank": 4, "group": 4, "preserve": 1e-4, "diversify": 1e-4}),
     "petalface": Recipe(1e-3, {"rank": 8, "quality": 0.5}),
-    "randlora": Recipe(2e-3, {"rank": 32}),
+    "randlora": Recipe(3e-4, {"rank": 32}),
     "s2_lora": Recipe(4e-3, {"rank": 32}),
     "sara": Recipe(5e-4, {"fraction": 0.0625}),
     "sltrain": Recipe(1e-3, {"rank": 8, "density": 0.03, "init": "finetune"}),

@@ -7,7 +7,8 @@ the small projection.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,15 +99,17 @@ def svd(
     w = _widen(w)
     # A sketch as wide as the matrix saves nothing over the decomposition itself.
     if method == "exact" or rank + oversample >= min(w.shape[-2:]):
-        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+        u, s, vt = _exact(w)
     else:
         assert key is not None
         # The basis is sought on the shorter side, so that the tall QR of the projection happens once only.
         flip = w.shape[-2] > w.shape[-1]
-        u, s, vt = _from_basis(_t(w) if flip else w, key, rank, oversample, power_iterations)
+        long = _t(w) if flip else w
+        q = range_finder(key, long, rank, oversample, power_iterations)
+        u, s, vt = svd_within(q, _matmul(_t(long), q))
         if flip:
             u, vt = _t(vt), _t(u)
-    return _fix_signs(u[..., :rank], s[..., :rank], vt[..., :rank, :])
+    return fix_signs(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
 
 def spectrum(w: jax.Array) -> jax.Array:
@@ -122,7 +125,7 @@ def spectrum(w: jax.Array) -> jax.Array:
       >>> print(spectrum(jnp.diag(jnp.array([1.0, 4.0]))))
       [4. 1.]
     """
-    return jnp.linalg.svd(_widen(w), compute_uv=False)
+    return each(lambda m: jnp.linalg.svd(m, compute_uv=False), _widen(w))
 
 
 def captured_energy(w: jax.Array, rank: int, *, key: jax.Array | None = None, method: SvdMethod = "exact") -> jax.Array:
@@ -156,20 +159,63 @@ def captured_energy(w: jax.Array, rank: int, *, key: jax.Array | None = None, me
     return jnp.where(total > 0, jnp.minimum(jnp.sum(s**2, axis=-1) / jnp.where(total > 0, total, 1), 1), 1)
 
 
-def _from_basis(
-    w: jax.Array, key: jax.Array, rank: int, oversample: int, power_iterations: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q = range_finder(key, w, rank, oversample, power_iterations)
-    # w^T q = v_basis r, so w ~ q r^T v_basis^T and only the small r^T is decomposed.
-    v_basis, r = jnp.linalg.qr(_matmul(_t(w), q))
-    u, s, vt = jnp.linalg.svd(_t(r), full_matrices=False)
+def svd_within(q: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Singular triplets of what a basis sees of a matrix ``w``: of ``q q^T w``.
+
+    Args:
+      q: ``[..., m, k]``, orthonormal columns. back: ``[..., n, k]``, ``w^T q``.
+
+    Returns:
+      ``u [..., m, k]``, ``s [..., k]`` descending, ``vt [..., k, n]``, signs as they come.
+
+    Example:
+      >>> w = jnp.diag(jnp.array([3.0, 2.0]))
+      >>> print(svd_within(jnp.eye(2), w.T)[1])
+      [3. 2.]
+    """
+    # back = v_basis r, so q back^T = q r^T v_basis^T and only the small r^T is decomposed.
+    v_basis, r = qr(back)
+    u, s, vt = _exact(_t(r))
     return _matmul(q, u), s, _matmul(vt, _t(v_basis))
 
 
-def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same triplets, the entry of largest magnitude in each column of ``u`` positive.
+
+    Example:
+      >>> u, _, vt = fix_signs(-jnp.eye(2), jnp.ones(2), jnp.eye(2))
+      >>> float(u.sum()), float(vt.sum())
+      (2.0, -2.0)
+    """
     largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
     sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1, 1).astype(u.dtype)
     return u * sign, s, vt * _t(sign)
+
+
+def each(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """``f`` of every matrix of ``x [..., m, n]``; results have the batch axes of ``x`` in front.
+
+    On a CPU one after another: jaxlib 0.10 splits a batched LAPACK call over the threads that run the program and waits for them, so as
+    many such calls at once as there are threads wait for each other forever. Elsewhere as a batch.
+
+    Example:
+      >>> each(lambda m: jnp.linalg.qr(m)[0], jnp.stack([jnp.eye(2)] * 3)).shape
+      (3, 2, 2)
+    """
+    if x.ndim == 2:
+        return f(x)
+    flat = x.reshape(-1, *x.shape[-2:])
+    out = jax.lax.platform_dependent(flat, cpu=lambda flat: jax.lax.map(f, flat), default=jax.vmap(f))
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), out)
+
+
+def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``q [..., m, k]`` and ``r [..., k, n]`` of every matrix, see `each`."""
+    return each(lambda m: tuple(jnp.linalg.qr(m)), x)
+
+
+def _exact(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return each(lambda m: tuple(jnp.linalg.svd(m, full_matrices=False)), x)
 
 
 def _check_rank(w: jax.Array, rank: int) -> None:
@@ -183,7 +229,7 @@ def _check_rank(w: jax.Array, rank: int) -> None:
 
 
 def _basis(y: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(y)[0]
+    return qr(y)[0]
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +160,21 @@ def test_other_bad_arguments():
         linalg.svd(w, 2, key=KEY, method="lanczos")
     with pytest.raises(ValueError, match="Expected a matrix"):
         linalg.svd(jnp.ones(8), 2, key=KEY)
+
+
+AT_ONCE = """
+import jax, jax.numpy as jnp
+from lowrank_jax import linalg
+
+stacks = [jax.random.normal(jax.random.key(n), (6, 96, 24)) for n in range(16)]
+both = jax.jit(lambda stacks: [(linalg.qr(x), linalg.svd(x, 4, method="exact")) for x in stacks])
+for _ in range(10):
+    jax.block_until_ready(both(stacks))
+print("done")
+"""
+
+
+def test_decompositions_of_many_stacks_at_once_finish():
+    """In a process of its own: batched LAPACK calls that run at the same time may wait for each other forever."""
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr

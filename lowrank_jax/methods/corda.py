@@ -56,10 +56,7 @@ def corda(
     scale = scaling(rank, alpha)
 
     def start(key: jax.Array, site: Site, given: Given) -> tuple[jax.Array, jax.Array]:
-        invert = lambda c: _damped(c, damping)  # noqa: E731
-        for _ in site.batch_shape:
-            invert = jax.vmap(invert)
-        covariance, inverse = invert(given.need("covariance"))
+        covariance, inverse = linalg.each(lambda c: _damped(c, damping), given.need("covariance"))
         oriented = jnp.matmul(covariance, given.need("kernel"), precision="highest")
         if mode == "instruction_previewed":
             p, s, qt = linalg.svd(oriented, rank, key=key, method=svd)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax import linalg
 from lowrank_jax.methods.base import Given, Method, method, scaling
 from lowrank_jax.methods.diagonal import trained_diagonal
 from lowrank_jax.sites import Site
@@ -42,7 +43,7 @@ def loldu(rank: int = 256, alpha: float | None = None) -> Method:
 
     def decompose(key: jax.Array, site: Site, given: Given) -> tuple[jax.Array, jax.Array, jax.Array]:
         weight = jnp.swapaxes(given.need("kernel"), -1, -2)
-        packed, _, permutation = lax.linalg.lu(weight)
+        packed, permutation = linalg.each(lambda m: lax.linalg.lu(m)[::2], weight)
         k = site.max_rank
         lower = jnp.tril(packed[..., :k], -1) + jnp.eye(site.n_out, k)
         # Row i of L belongs to row permutation[i] of the weight.

@@ -107,7 +107,7 @@ def frugal(
 
 def _random_bases(g: jax.Array, rank: int, side: Side, key: jax.Array) -> Bases:
     def basis(n: int, key: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(jax.random.normal(key, (*g.shape[:-2], n, rank)))[0]
+        return linalg.qr(jax.random.normal(key, (*g.shape[:-2], n, rank)))[0]
 
     inputs, outputs = sides(side, *g.shape[-2:])
     first, second = jax.random.split(key)

@@ -9,7 +9,7 @@ import optax
 
 from lowrank_jax import linalg
 from lowrank_jax.optim.projected import OnRefresh, Space, check_numbers, check_words, quantised, run_projected
-from lowrank_jax.optim.subspace import Side, projected_size, singular_directions
+from lowrank_jax.optim.subspace import Side, singular_directions
 from lowrank_jax.sites import Site
 
 
@@ -46,7 +46,7 @@ def galore(
 
     Args:
       inner: such as ``optax.scale_by_adam()``; it must not need the parameters.
-      rank: r, at most the projected dimension. scale: the paper's alpha, of projected updates only.
+      rank: r, at most the smaller dimension. scale: the paper's alpha, of projected updates only.
       refresh_every: T, updates between two refreshes of a weight.
       targets: patterns of weights (see `lowrank_jax.plan`); None: every dense weight and convolution that `lowrank_jax.sites` finds.
       sites: of the parameters, where they alone do not tell, such as `lowrank_jax.linen.sites` finds; None: `lowrank_jax.sites`.
@@ -63,7 +63,7 @@ def galore(
       seed: of the sketches.
 
     Raises:
-      ValueError: at once, a rank, period or name out of range; from ``init``, a rank above a weight's projected dimension, a target that
+      ValueError: at once, a rank, period or name out of range; from ``init``, a rank above a weight's smaller dimension, a target that
         matches nothing or is no matrix (by path); from ``update``, a state of other weights, an inner transform that needs parameters.
 
     Example:
@@ -83,10 +83,9 @@ def galore(
     )
 
     def space(site: Site) -> Space:
-        size = projected_size(side, site.n_in, site.n_out)
-        if rank > size:
+        if rank > site.max_rank:
             raise ValueError(
-                f"galore(rank={rank}) at {site.path}: the projected side of [{site.n_in}, {site.n_out}] has only {size} dimensions. "
+                f"galore(rank={rank}) at {site.path}: a [{site.n_in}, {site.n_out}] gradient has only {site.max_rank} singular directions. "
                 "Choose a smaller rank, or leave the weight out of targets."
             )
         directions = singular_directions(rank, side, svd)
