@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import linen, loram, methods, nnx, optim, peft
+from lowrank_jax import dual, linen, loram, lt_sft, methods, nnx, optim, peft
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -20,6 +20,7 @@ from lowrank_jax.at_rank import at_rank
 from lowrank_jax.combining.combine import combine
 from lowrank_jax.convert.conversion import Conversion, to_lora
 from lowrank_jax.convert.padding import pad
+from lowrank_jax.d90 import D90, d90
 from lowrank_jax.folding import fold, merge, unfold
 from lowrank_jax.homeostasis import vida_scales, with_vida_scales
 from lowrank_jax.losses import symmetric_kl
@@ -39,6 +40,7 @@ from lowrank_jax.methods import (
     hydra,
     ia3,
     increlora,
+    intrinsic,
     lamda,
     lamda_pp,
     loldu,
@@ -59,6 +61,8 @@ from lowrank_jax.methods import (
     sara,
     sltrain,
     sora,
+    spiel,
+    subspace_update,
     svfit,
     trainable_tokens,
     vera,
@@ -79,6 +83,7 @@ __all__ = [
     "Adapters",
     "Bank",
     "Conversion",
+    "D90",
     "Method",
     "Plan",
     "RankMap",
@@ -99,7 +104,9 @@ __all__ = [
     "contributions",
     "corda",
     "count",
+    "d90",
     "dora",
+    "dual",
     "dylora",
     "expand",
     "flora",
@@ -109,6 +116,7 @@ __all__ = [
     "ia3",
     "increlora",
     "init",
+    "intrinsic",
     "join",
     "lamda",
     "lamda_pp",
@@ -120,6 +128,7 @@ __all__ = [
     "lora_sb",
     "lora_xs",
     "loram",
+    "lt_sft",
     "mask",
     "merge",
     "method",
@@ -148,6 +157,7 @@ __all__ = [
     "sites",
     "sltrain",
     "sora",
+    "spiel",
     "stack",
     "symmetric_kl",
     "take",
@@ -155,6 +165,7 @@ __all__ = [
     "to_lora",
     "trainable_tokens",
     "unfold",
+    "subspace_update",
     "svfit",
     "vera",
     "vida",

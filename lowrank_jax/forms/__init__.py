@@ -6,7 +6,7 @@ from lowrank_jax.forms.bottleneck import Bottleneck, NonlinearBottleneck
 from lowrank_jax.forms.branches import Branches
 from lowrank_jax.forms.chain import Chain
 from lowrank_jax.forms.conformer import ConformerBottleneck
-from lowrank_jax.forms.dense import Dense
+from lowrank_jax.forms.dense import Dense, DenseUpdate
 from lowrank_jax.forms.input_bottleneck import InputBottleneck
 from lowrank_jax.forms.low_rank import LowRank
 from lowrank_jax.forms.magnitude import Magnitude
@@ -25,6 +25,7 @@ __all__ = [
     "Chain",
     "ConformerBottleneck",
     "Dense",
+    "DenseUpdate",
     "Entries",
     "Form",
     "InputBottleneck",

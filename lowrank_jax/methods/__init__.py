@@ -15,6 +15,7 @@ from lowrank_jax.methods.full import full
 from lowrank_jax.methods.hydra import hydra
 from lowrank_jax.methods.ia3 import ia3
 from lowrank_jax.methods.increlora import increlora
+from lowrank_jax.methods.intrinsic import intrinsic
 from lowrank_jax.methods.lamda import lamda
 from lowrank_jax.methods.lamda_pp import lamda_pp
 from lowrank_jax.methods.loldu import loldu
@@ -35,6 +36,8 @@ from lowrank_jax.methods.sara import sara
 from lowrank_jax.methods.sltrain import sltrain
 from lowrank_jax.methods.sora import sora
 from lowrank_jax.methods.sparse_update import sparse_update
+from lowrank_jax.methods.spiel import spiel
+from lowrank_jax.methods.subspace_update import subspace_update
 from lowrank_jax.methods.svfit import svfit
 from lowrank_jax.methods.trainable_tokens import trainable_tokens
 from lowrank_jax.methods.vera import vera
@@ -58,6 +61,7 @@ __all__ = [
     "hydra",
     "ia3",
     "increlora",
+    "intrinsic",
     "lamda",
     "lamda_pp",
     "loldu",
@@ -81,6 +85,8 @@ __all__ = [
     "sltrain",
     "sora",
     "sparse_update",
+    "spiel",
+    "subspace_update",
     "svfit",
     "trainable_tokens",
     "vera",

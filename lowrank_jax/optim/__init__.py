@@ -2,6 +2,7 @@
 
 from lowrank_jax.optim.adam_8bit import scale_by_adam_8bit
 from lowrank_jax.optim.budget import cubic_budget, keep_best, share_out
+from lowrank_jax.optim.entry_swaps import swap_share
 from lowrank_jax.optim.freeze_rows import freeze_rows, frozen_rows
 from lowrank_jax.optim.frugal import frugal
 from lowrank_jax.optim.galore import galore
@@ -10,6 +11,9 @@ from lowrank_jax.optim.layer_sampling import Layers, lisa
 from lowrank_jax.optim.phases import carry_state, with_methods
 from lowrank_jax.optim.prune_triplets import prune_triplets
 from lowrank_jax.optim.soft_threshold import soft_threshold
+from lowrank_jax.optim.spiel import reselect_entries
+from lowrank_jax.optim.spiel_reselect import spiel_reselect
+from lowrank_jax.optim.spiel_steps import scale_by_spiel
 from lowrank_jax.optim.update_used import update_used
 
 __all__ = [
@@ -24,9 +28,13 @@ __all__ = [
     "keep_best",
     "lisa",
     "prune_triplets",
+    "reselect_entries",
     "scale_by_adam_8bit",
+    "scale_by_spiel",
     "share_out",
     "soft_threshold",
+    "spiel_reselect",
+    "swap_share",
     "update_used",
     "with_methods",
 ]

@@ -1,4 +1,4 @@
-"""The methods of the spine: LoRA, LaMDA and its inits, LaMDA++, PiSSA, LoRA-XS, full fine-tuning, chains."""
+"""The methods of the spine: LoRA, LaMDA and its inits, LaMDA++, PiSSA, LoRA-XS, a fixed subspace, full fine-tuning, chains."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ ROWS = [
         lambda c: 2 * c["rank"], init_tolerance=1e-5),
     Row("lora_xs", lambda: lr.lora_xs(rank=3, alpha=6), core_count, lambda p, g, w: 2 * p["a"] @ p["m"] @ p["b"], rank_of,
         init_tolerance=1e-3),
+    Row("subspace_update", lambda: lr.subspace_update(rank=3), lambda s, c: c["rank"] * max(s.n_in, s.n_out),
+        lambda p, g, w: p["p"] @ p["r"] if "p" in p else p["r"] @ p["q"], rank_of),
     Row("full", lr.full, lambda s, c: s.n_in * s.n_out, lambda p, g, w: p["weight"] - w, lambda c: 10**9),
     Row("chain", lambda: lr.build("chain", {"parts": _PARTS}), lambda s, c: 3 * (s.n_in + s.n_out),
         lambda p, g, w: p["0.a"] @ p["0.b"] + 3 * p["1.a"] @ p["1.b"], lambda c: 3),
