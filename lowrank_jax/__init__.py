@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import dual, linen, loram, lt_sft, methods, nnx, optim, peft
+from lowrank_jax import dual, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -21,6 +21,7 @@ from lowrank_jax.combining.combine import combine
 from lowrank_jax.convert.conversion import Conversion, to_lora
 from lowrank_jax.convert.padding import pad
 from lowrank_jax.d90 import D90, d90
+from lowrank_jax.fixed_point import fixed_point
 from lowrank_jax.folding import fold, merge, unfold
 from lowrank_jax.homeostasis import vida_scales, with_vida_scales
 from lowrank_jax.losses import symmetric_kl
@@ -69,6 +70,7 @@ from lowrank_jax.methods import (
     vida,
     zero_i2v,
 )
+from lowrank_jax.pareto import ParetoDirection, pareto_direction
 from lowrank_jax.plan import Plan, on_layers, plan
 from lowrank_jax.rank_map import RankMap, rank_map
 from lowrank_jax.serve.bank import Bank
@@ -80,6 +82,10 @@ from lowrank_jax.stats.statistics import Statistics
 from lowrank_jax.temporal_shift import shift_offsets, temporal_shift
 
 __all__ = [
+    "ParetoDirection",
+    "fixed_point",
+    "pareto_direction",
+    "self_tuning",
     "Adapters",
     "Bank",
     "Conversion",

@@ -14,7 +14,7 @@ from lowrank_jax.sites import Site
 
 @method
 def sparse_update(entries: int) -> Method:
-    """What `lowrank_jax.compact` makes of `sara` or `spiel`: ``values [entries]`` that are added at ``indices [entries]`` int32; nothing to train.
+    """What `lowrank_jax.compact` makes of `sara` or `spiel`: ``values [entries]`` added at ``indices [entries]`` int32; nothing to train.
 
     Args:
       entries: at each layer of a site.

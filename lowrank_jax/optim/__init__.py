@@ -9,6 +9,8 @@ from lowrank_jax.optim.galore import galore
 from lowrank_jax.optim.grow_triplets import grow_triplets
 from lowrank_jax.optim.layer_sampling import Layers, lisa
 from lowrank_jax.optim.phases import carry_state, with_methods
+from lowrank_jax.optim.precision import adaptive_precision
+from lowrank_jax.optim.precision_state import mean_word_length, quantise, sparsity_penalty
 from lowrank_jax.optim.prune_triplets import prune_triplets
 from lowrank_jax.optim.soft_threshold import soft_threshold
 from lowrank_jax.optim.spiel import reselect_entries
@@ -17,6 +19,10 @@ from lowrank_jax.optim.spiel_steps import scale_by_spiel
 from lowrank_jax.optim.update_used import update_used
 
 __all__ = [
+    "adaptive_precision",
+    "mean_word_length",
+    "quantise",
+    "sparsity_penalty",
     "Layers",
     "carry_state",
     "cubic_budget",

@@ -258,9 +258,7 @@ def test_bad_input_is_refused_by_name():
         galore(optax.scale_by_adam(), 2, refresh_every=0)
     with pytest.raises(ValueError, match=r"galore\(side='left'\): expected one of smaller, larger"):
         galore(optax.scale_by_adam(), 2, side="left")
-    with pytest.raises(
-        ValueError, match=r"galore\(rank=7\) at tall/kernel: a \[10, 6\] gradient has only 6"
-    ):
+    with pytest.raises(ValueError, match=r"galore\(rank=7\) at tall/kernel: a \[10, 6\] gradient has only 6"):
         galore(optax.scale_by_adam(), 7, targets=["tall"]).init(PARAMS)
     with pytest.raises(ValueError, match=r"targets=\['wife'\]\) matches no weight. Nearest paths: wide"):
         galore(optax.scale_by_adam(), 2, targets=["wife"]).init(PARAMS)
