@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--grid-steps", type=int, default=50)
-    parser.add_argument("--rates", default="1.25e-4,5e-4,2e-3,4e-3,8e-3")
+    parser.add_argument("--rates", default="1.25e-4,5e-4,2e-3,8e-3")
     options = parser.parse_args()
     rates = [float(rate) for rate in options.rates.split(",")]
     rows = {}

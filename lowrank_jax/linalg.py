@@ -7,6 +7,7 @@ the small projection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -204,7 +205,7 @@ def each(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     """
     if x.ndim == 2:
         return f(x)
-    flat = x.reshape(-1, *x.shape[-2:])
+    flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     out = jax.lax.platform_dependent(flat, cpu=lambda flat: jax.lax.map(f, flat), default=jax.vmap(f))
     return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), out)
 
