@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import dual, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning
+from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -112,7 +112,7 @@ __all__ = [
     "count",
     "d90",
     "dora",
-    "dual",
+    "dual_galore",
     "dylora",
     "expand",
     "flora",

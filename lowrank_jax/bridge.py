@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.adapters import Adapters, check_params, expand
+from lowrank_jax.batching import over_batch
 from lowrank_jax.folding import merged_weight
 from lowrank_jax.forms import Call, Form, UnsupportedError, apply_rows
 from lowrank_jax.layout import Labels
@@ -154,10 +155,7 @@ def conv_call(
 
 def _batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x [*batch, ..., n] @ w [*batch, n, k]``."""
-    product = jnp.matmul
-    for _ in w.shape[:-2]:
-        product = jax.vmap(product)
-    return product(x, w)
+    return over_batch(jnp.matmul, w.ndim - 2)(x, w)
 
 
 def _product(sizes: tuple[int, ...]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from lowrank_jax.text_table import as_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class D90:
 
     def __str__(self) -> str:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -68,10 +68,7 @@ class D90:
             part = (metric - self.chance) / (self.baseline - self.chance)
             table.add_row(f"{d:,}", f"{metric:.4f}", f"{part:.1%}", "yes" if good else "no")
         table.add_row("full", f"{self.baseline:.4f}", "100.0%", "")
-        out = io.StringIO()
-        Console(file=out, width=120, no_color=True, highlight=False).print(table)
-        lines = [line.rstrip() for line in out.getvalue().splitlines()]
-        return "\n".join([*lines, self._verdict()]).strip("\n")
+        return f"{as_text(table, 120)}\n\n{self._verdict()}"
 
     def plot(self, path: str | pathlib.Path, title: str = "") -> pathlib.Path:
         """Writes the curve as a picture; the file's ending says of which kind."""

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax import seeded
+from lowrank_jax.checks import check_choice
 
 Projection = Literal["fastfood", "dense", "sparse"]
 MAX_SIZE = 2**31  # of what int32 can index
@@ -87,8 +88,7 @@ def adjoint(y: jax.Array, seed: jax.Array, dimension: int, projection: Projectio
 
 def check_projection(projection: str, size: int) -> None:
     """Raises a ValueError that lists the choices, or names the limits, unless numbers can be projected to ``size`` of them so."""
-    if projection not in get_args(Projection):
-        raise ValueError(f"projection={projection!r}: expected one of {', '.join(map(repr, get_args(Projection)))}.")
+    check_choice("project", "projection", projection, get_args(Projection))
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size={size}: expected 1 to 2**31, what int32 can index. Project the weight in parts.")
 

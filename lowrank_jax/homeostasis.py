@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.methods.base import check_choice
+from lowrank_jax.checks import check_choice
 from lowrank_jax.methods.vida import SCALES
 
 

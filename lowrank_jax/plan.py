@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from lowrank_jax.forms import Leaf
 from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
-from lowrank_jax.sites import Site, describe, flatten, matches, no_match
+from lowrank_jax.sites import Site, describe, flatten, hits, layer_number, no_match
 from lowrank_jax.sites import sites as find_sites
 from lowrank_jax.stats.statistics import Statistics, collector
 
@@ -212,14 +211,11 @@ def plan(
         rule = value if isinstance(value, Rule) else Rule(value)
         if not isinstance(rule.method, Method):
             raise TypeError(f"Rule for {pattern!r}: expected a method such as lowrank_jax.lora(rank=8), got {value!r}.")
-        hits = _hits(pattern, rule, found)
-        for path in hits:
-            claims.setdefault(path, []).append((len(hits), -order, rule))
+        usable = _usable(pattern, rule, found)
+        for path in usable:
+            claims.setdefault(path, []).append((len(usable), -order, rule))
     for pattern in exclude:
-        excluded = [path for path in found if matches(pattern, path)]
-        if not excluded:
-            raise ValueError(no_match(f"exclude={pattern!r}", pattern, found))
-        for path in excluded:
+        for path in hits(f"exclude={pattern!r}", pattern, found):
             claims.pop(path, None)
     chosen = {path: min(claims[path], key=lambda c: c[:2])[2] for path in found if path in claims}
     entries = [Entry(found[path], rule.method, _stack_layers(found[path], rule)) for path, rule in chosen.items()]
@@ -282,11 +278,11 @@ def _size(leaf: Leaf, layers: int) -> int:
     return leaf.count if leaf.count is not None else layers * math.prod(leaf.shape)
 
 
-def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
-    matched = [path for path in found if matches(pattern, path)]
+def _usable(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
+    matched = hits(f"Pattern {pattern!r}", pattern, found)
     kinds = rule.method.site_kinds
     usable = [path for path in matched if found[path].kind in kinds]
-    if not usable and matched:
+    if not usable:
         raise ValueError(
             f"Pattern {pattern!r} matches {matched[0]} ({found[matched[0]].kind}, shape {found[matched[0]].shape}), but {rule.method.name} "
             f"applies to {', '.join(sorted(kinds))} weights only. If it is a matmul's weight, pass "
@@ -295,14 +291,12 @@ def _hits(pattern: str, rule: Rule, found: Mapping[str, Site]) -> list[str]:
         )
     if rule.layers is not None:
         matched = usable
-        usable = [p for p in usable if found[p].scanned or _layer_number(p) in rule.layers]
-        if not usable and matched:
+        usable = [p for p in usable if found[p].scanned or layer_number(p) in rule.layers]
+        if not usable:
             raise ValueError(
                 f"Pattern {pattern!r} matches {matched[0]}, but nothing in the layers {list(rule.layers)}. Layers are counted by the first "
                 "number in a path, or along a scanned stack; experts are not layers."
             )
-    if not usable:
-        raise ValueError(no_match(f"Pattern {pattern!r}", pattern, found))
     return usable
 
 
@@ -343,11 +337,6 @@ def local_kernel(entry: Entry, weight: Any) -> Any:
         return weight
     matrix = entry.site.canonical(weight)
     return matrix if entry.layers is None else matrix[jnp.asarray(entry.layers)]
-
-
-def _layer_number(path: str) -> int | None:
-    number = re.search(r"(?:^|[/_.])(\d+)(?=[/_.]|$)", path)
-    return int(number.group(1)) if number else None
 
 
 def _stack_layers(site: Site, rule: Rule) -> tuple[int, ...] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+
+from lowrank_jax.text_table import as_text
 
 if TYPE_CHECKING:
     from lowrank_jax.plan import Entry, Plan
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 def render(plan: Plan) -> str:
     """The plan as text: one row for each group of sites that differ only by a number in their path, totals at the foot."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
@@ -63,9 +63,7 @@ def render(plan: Plan) -> str:
         table.add_column(name, footer, justify="right" if right else "left", overflow="fold", no_wrap=name != "site")
     for row in rows:
         table.add_row(*row[:show])
-    out = io.StringIO()
-    Console(file=out, width=200, no_color=True, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+    return as_text(table, 200)
 
 
 def _sizes(entry: Entry) -> tuple[int, int, int]:

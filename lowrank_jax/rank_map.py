@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import pathlib
-import re
 from dataclasses import dataclass
 
 import jax
@@ -13,8 +11,9 @@ import numpy as np
 from lowrank_jax.adapters import Adapters
 from lowrank_jax.methods.base import Method
 from lowrank_jax.plan import Entry, Plan
+from lowrank_jax.sites import LAYER_NUMBER
+from lowrank_jax.text_table import as_text
 
-_LAYER = re.compile(r"(?:(?<=^)|(?<=[/_.]))\d+(?=[/_.]|$)")
 _SHADES = " ░▒▓█"
 _NUMBERS_UP_TO = 24  # layers; more are shown as shades alone
 
@@ -35,7 +34,6 @@ class RankMap:
 
     def __str__(self) -> str:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         top, numbers = max(np.nanmax(self.ranks), 1), len(self.layers) <= _NUMBERS_UP_TO
@@ -56,9 +54,7 @@ class RankMap:
         for module, row in zip(self.modules, self.ranks, strict=True):
             cells = [cell(rank) for rank in row]
             table.add_row(module, *(cells if numbers else ["".join(cells)]), f"{np.nanmean(row):.1f}")
-        out = io.StringIO()
-        Console(file=out, width=400, no_color=True, highlight=False).print(table)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+        return as_text(table, 400)
 
     def plot(self, path: str | pathlib.Path, title: str = "") -> pathlib.Path:
         """Writes the map as a picture; the file's ending says of which kind."""
@@ -140,9 +136,9 @@ def _asked(entry: Entry, method: Method) -> np.ndarray | None:
 
 def _place(entry: Entry) -> tuple[str, list[int | None]]:
     """An entry's row, and the layers that the first axis of its scanned stack, or its path, stands for."""
-    module, number = entry.site.module or entry.site.path, _LAYER.search(entry.site.path)
+    module, number = entry.site.module or entry.site.path, LAYER_NUMBER.search(entry.site.path)
     if number is not None and not entry.site.scanned:
-        return _LAYER.sub("*", module, count=1), [int(number.group())]
+        return LAYER_NUMBER.sub("*", module, count=1), [int(number.group())]
     if not entry.site.batch:
         return module, [None]
     return module, list(entry.layers or range(entry.local.batch_shape[0]))

@@ -144,10 +144,7 @@ def sites(params: Any, declare: Mapping[str, str] | None = None) -> dict[str, Si
     flat = flatten(params)
     found = {path: _guess(path, leaf, flat) for path, leaf in flat.items()}
     for pattern, roles in (declare or {}).items():
-        hits = [path for path in found if matches(pattern, path)]
-        if not hits:
-            raise ValueError(no_match(f"declare={{{pattern!r}: ...}}", pattern, found))
-        for path in hits:
+        for path in hits(f"declare={{{pattern!r}: ...}}", pattern, found):
             if len(roles) != len(found[path].shape) or set(roles) - set("bio"):
                 raise ValueError(
                     f"declare={{{pattern!r}: {roles!r}}}: {path} has shape {found[path].shape}; expected one letter an axis, "
@@ -189,6 +186,41 @@ def matches(pattern: str, path: str) -> bool:
     expression = _compile(pattern)
     module = path.rpartition("/")[0]
     return any(expression.fullmatch(text) for text in (path, module, "/" + path, "/" + module) if text)
+
+
+# The first number in a path that is a name, or a part of one, of its own: 'layers_3', 'h.3', 'blocks/3'.
+LAYER_NUMBER = re.compile(r"(?:(?<=^)|(?<=[/_.]))\d+(?=[/_.]|$)")
+
+
+def layer_number(path: str) -> int | None:
+    """The number of the layer that a path lies in, or None.
+
+    Example:
+      >>> layer_number("encoder/layers_3/mlp_1/kernel"), layer_number("encoder/mlp1/kernel")
+      (3, None)
+    """
+    number = LAYER_NUMBER.search(path)
+    return int(number.group()) if number else None
+
+
+def hits(what: str, pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a pattern matches, in their order.
+
+    Args:
+      what: how the error names the pattern.
+
+    Raises:
+      ValueError: it matches none, or is no regular expression.
+
+    Example:
+      >>> hits("exclude='.*/q'", ".*/q", ["a/q/kernel", "a/v/kernel"])
+      ['a/q/kernel']
+    """
+    paths = list(paths)
+    found = [path for path in paths if matches(pattern, path)]
+    if not found:
+        raise ValueError(no_match(what, pattern, paths))
+    return found
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

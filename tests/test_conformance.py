@@ -6,4 +6,5 @@ import pytest
 
 @pytest.mark.parametrize("case", conformance.cases(), ids=str)
 def test_laws(case):
+    """What is asserted stands in conformance.py, a function for each law."""
     conformance.check(case)

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import jax
 
 from lowrank_jax.adapters import Adapters, check_params
+from lowrank_jax.checks import check_choice
 from lowrank_jax.combining.combine_site import Member, Recipe, combine_site, least_magnitude
 from lowrank_jax.convert.conversion import Conversion, check_plain
 from lowrank_jax.convert.factors import Rank, check_target
-from lowrank_jax.methods.base import check_choice
 from lowrank_jax.sites import flatten
 
 _PRUNES = ("ties", "dare", "dare_ties", "magnitude_prune")

@@ -20,7 +20,7 @@ from lowrank_jax.methods.base import Leaves
 from lowrank_jax.methods.lora import lora
 from lowrank_jax.methods.ranks import largest, of_stack
 from lowrank_jax.plan import Entry, Plan
-from lowrank_jax.sites import flatten, matches, named_sharding, no_match
+from lowrank_jax.sites import flatten, hits, named_sharding
 
 
 class Conversion(NamedTuple):
@@ -150,10 +150,7 @@ def _is_lora(entry: Entry, rank: Rank) -> bool:
 def _kept(plan: Plan, keep: Sequence[str]) -> set[str]:
     kept: set[str] = set()
     for pattern in keep:
-        hits = {path for path in plan.by_path if matches(pattern, path)}
-        if not hits:
-            raise ValueError(no_match(f"keep={pattern!r}", pattern, plan.by_path))
-        kept |= hits
+        kept |= set(hits(f"keep={pattern!r}", pattern, plan.by_path))
     for name, (method, sites) in plan.shared.items():
         paths = {entry.site.path for entry in plan.entries if str(entry.method) == name}
         if kept & paths and paths - kept:

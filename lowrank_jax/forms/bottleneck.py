@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.batching import over_batch
 from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms._matmul import dot
 from lowrank_jax.forms.base import Call, Record, UnsupportedError
@@ -128,10 +129,7 @@ class NonlinearBottleneck(Bottleneck):
 
 def product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     """``x [*batch, ..., k] @ w [*batch, k, n]`` in the dtype of ``x``."""
-    of_one = lambda x, w: dot(x, w, out_dtype)  # noqa: E731
-    for _ in w.shape[:-2]:
-        of_one = jax.vmap(of_one)
-    return of_one(x, w)
+    return over_batch(lambda x, w: dot(x, w, out_dtype), w.ndim - 2)(x, w)
 
 
 def plus(x: jax.Array, bias: jax.Array) -> jax.Array:

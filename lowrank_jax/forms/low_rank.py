@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.batching import over_batch
 from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms._matmul import low_rank_matmul
 from lowrank_jax.forms.base import Call, KeepsBias, Leaf, Record
@@ -50,9 +51,8 @@ class LowRank(KeepsBias):
         if jnp.issubdtype(x.dtype, jnp.inexact):  # an embedding's input are indices
             x = drop(x, self.dropout, call.rng)
         if call.kind == "dense":
-            product = functools.partial(low_rank_matmul, scale=self.scale)
-            for _ in self.a.shape[:-2]:  # batch axes of the matmul itself, such as experts
-                product = jax.vmap(product)
+            # Batch axes of the matmul itself, such as experts.
+            product = over_batch(functools.partial(low_rank_matmul, scale=self.scale), self.a.ndim - 2)
             update = product(x, self.a, self.mid, self.b)
         else:
             update = _after(call.linear(x, self.a.astype(call.y.dtype)), self.mid, self.b, self.scale)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from flax import struct
 from jax import lax
 
 from lowrank_jax import seeded
+from lowrank_jax.batching import over_batch
 from lowrank_jax.forms.base import Call, KeepsBias, Record
 from lowrank_jax.forms.low_rank import LowRank
 
@@ -109,9 +109,7 @@ class RandomBases(KeepsBias):
         return _Part(jnp.arange(count) * size, split(self.lam), split(self.gam), wide), count
 
     def _factors(self, part: _Part) -> LowRank:
-        make: Callable[..., Any] = functools.partial(self._make, part.start)
-        for _ in self.lam.shape[:-2]:
-            make = jax.vmap(make)
+        make = over_batch(functools.partial(self._make, part.start), self.lam.ndim - 2)
         a, mid, b = make(self.seed, part.lam, part.gam, part.wide, self.narrow)
         return LowRank(a, b, mid, scale=self.scale, dropout=self.dropout)
 

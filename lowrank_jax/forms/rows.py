@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.batching import over_batch
 from lowrank_jax.forms.base import Call, KeepsBias, Record
 from lowrank_jax.forms.bottleneck import product
 
@@ -37,15 +38,17 @@ class Rows(KeepsBias):
             update = _looked_up(call.x, change, self.indices, call.kernel.shape[-2])
             return (call.y + update).astype(dtype)
         if self.side == "in":
-            own = _batched(lambda x, i: jnp.take(x, i - 1, axis=-1), self.indices)(call.x, self.indices)
+            own = over_batch(lambda x, i: jnp.take(x, i - 1, axis=-1), self.indices.ndim - 1)(call.x, self.indices)
             return call.y + product(own, change, dtype)
         own = product(call.x, jnp.swapaxes(change, -1, -2), dtype)
         # Index -1 stands for none, whose change is zero.
-        return _batched(lambda y, i, u: y.at[..., i - 1].add(u), self.indices)(call.y, self.indices, own)
+        return over_batch(lambda y, i, u: y.at[..., i - 1].add(u), self.indices.ndim - 1)(call.y, self.indices, own)
 
     def delta(self, kernel: jax.Array) -> jax.Array:
         table = kernel if self.side == "in" else jnp.swapaxes(kernel, -1, -2)
-        spread = _batched(lambda i, c: jnp.zeros(table.shape[-2:], jnp.float32).at[i - 1].add(c), self.indices)
+        spread = over_batch(
+            lambda i, c: jnp.zeros(table.shape[-2:], jnp.float32).at[i - 1].add(c), self.indices.ndim - 1
+        )
         update = spread(self.indices, self._change(kernel))
         return update if self.side == "in" else jnp.swapaxes(update, -1, -2)
 
@@ -55,7 +58,7 @@ class Rows(KeepsBias):
     def _change(self, kernel: jax.Array) -> jax.Array:
         """New rows less the old, ``[*batch, k, n]`` float32; zero for index 0."""
         take = lambda w, i: jnp.take(w, i - 1, axis=0 if self.side == "in" else 1, mode="wrap")  # noqa: E731
-        old = _batched(take, self.indices)(kernel, self.indices)
+        old = over_batch(take, self.indices.ndim - 1)(kernel, self.indices)
         old = old if self.side == "in" else jnp.swapaxes(old, -1, -2)
         change = self.rows.astype(jnp.float32) - old.astype(jnp.float32)
         return jnp.where(self.indices[..., None] > 0, change, 0)
@@ -65,9 +68,3 @@ def _looked_up(ids: jax.Array, change: jax.Array, indices: jax.Array, size: int)
     """The change of each id's row. Its place among the changed rows comes from a table of integers, so nothing wide is scattered."""
     place = jnp.zeros(size + 1, jnp.int32).at[indices].set(jnp.arange(1, len(indices) + 1))
     return jnp.pad(change, ((1, 0), (0, 0)))[place[ids + 1]]
-
-
-def _batched(one, indices: jax.Array):  # type: ignore[no-untyped-def]
-    for _ in indices.shape[:-1]:
-        one = jax.vmap(one)
-    return one

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lowrank_jax.batching import over_batch
 from lowrank_jax.forms.base import Call, KeepsBias, Record
 from lowrank_jax.forms.bottleneck import product
 
@@ -47,8 +48,7 @@ class Sparse(KeepsBias):
         del kernel
         n_in, n_out = self.shape
         scatter = lambda i, v: jnp.zeros(n_in * n_out, jnp.float32).at[i].add(v.astype(jnp.float32))  # noqa: E731
-        for _ in self.values.shape[:-1]:
-            scatter = jax.vmap(scatter)
+        scatter = over_batch(scatter, self.values.ndim - 1)
         return scatter(self.indices, self.values).reshape(*self.values.shape[:-1], n_in, n_out)
 
     def transpose(self) -> Sparse:

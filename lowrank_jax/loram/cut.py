@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lowrank_jax.loram.units import Kept, take
-from lowrank_jax.sites import Site, flatten, matches, no_match, with_leaves
+from lowrank_jax.sites import Site, flatten, hits, with_leaves
 from lowrank_jax.sites import sites as find_sites
 
 
@@ -51,10 +51,7 @@ def sparsify(params: Any, rules: Mapping[str, float | tuple[int, int]], sites: M
     }
     flat, new = flatten(params), {}
     for pattern, keep in rules.items():
-        hits = [site for path, site in found.items() if matches(pattern, path)]
-        if not hits:
-            raise ValueError(no_match(f"Rule for {pattern!r}", pattern, found))
-        for site in hits:
+        for site in (found[path] for path in hits(f"Rule for {pattern!r}", pattern, found)):
             size = site.n_in * site.n_out
             n, m = keep if isinstance(keep, tuple) else (round(keep * size), size)
             if not 1 <= n <= m or (isinstance(keep, tuple) and site.n_in % m):

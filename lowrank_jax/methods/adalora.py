@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.methods.base import (
     Context,
@@ -16,7 +17,6 @@ from lowrank_jax.methods.base import (
     Leaves,
     Method,
     Seen,
-    check_choice,
     check_dropout,
     method,
     scaling,

@@ -7,8 +7,9 @@ from typing import Literal
 
 import jax
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import AdaptiveLowRank, Leaf, LowRank
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, method, scaling
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, method, scaling
 from lowrank_jax.methods.lora_pair import pair_leaves, zero_b
 from lowrank_jax.methods.ranks import Rank, largest
 from lowrank_jax.sites import Site

@@ -211,12 +211,6 @@ def scaling(rank: int, alpha: float | None, rank_stabilised: bool = False) -> fl
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 
 
-def check_choice(name: str, field: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError that lists the choices unless ``value`` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name}({field}={value!r}): expected one of {', '.join(map(repr, choices))}.")
-
-
 def check_dropout(name: str, dropout: float) -> None:
     """Raises a ValueError unless ``0 <= dropout < 1``."""
     if not 0 <= dropout < 1:

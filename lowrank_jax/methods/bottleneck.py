@@ -8,9 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Bottleneck, Leaf, NonlinearBottleneck
 from lowrank_jax.forms.bottleneck import ACTIVATIONS
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_dropout, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_dropout, method
 from lowrank_jax.methods.bottleneck_leaves import (
     bottleneck_leaves,
     check_width,

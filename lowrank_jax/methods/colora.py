@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.methods.allocation import site_ranks
-from lowrank_jax.methods.base import Given, Method, check_choice, method, scaling
+from lowrank_jax.methods.base import Given, Method, method, scaling
 from lowrank_jax.methods.lora import lora
 from lowrank_jax.methods.ranks import largest
 from lowrank_jax.sites import Site

@@ -8,8 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import ConformerBottleneck, Leaf
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_dropout, method, random_a
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_dropout, method, random_a
 from lowrank_jax.methods.bottleneck_leaves import bottleneck_leaves, check_width, factors, width_at, zero_up
 from lowrank_jax.sites import Site
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg
-from lowrank_jax.methods.base import Given, Method, check_choice, check_dropout, method, scaling
+from lowrank_jax.checks import check_choice
+from lowrank_jax.methods.base import Given, Method, check_dropout, method, scaling
 from lowrank_jax.methods.lora_pair import anchored_pair
 from lowrank_jax.sites import Site
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import jax
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Bottleneck, Branches, Leaf
 from lowrank_jax.methods.base import (
     Context,
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     check_rank,
     method,

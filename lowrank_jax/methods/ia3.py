@@ -8,8 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import InputRescale, Leaf, Rescale
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, method
 from lowrank_jax.sites import Site
 
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import seeded
+from lowrank_jax.checks import check_choice
 from lowrank_jax.fastfood import MAX_SIZE, Projection, project
 from lowrank_jax.forms import DenseUpdate, Leaf
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, method
 from lowrank_jax.sites import Site
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf, mid_leaf
 from lowrank_jax.methods.base import (
@@ -18,7 +19,6 @@ from lowrank_jax.methods.base import (
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     method,
     random_a,

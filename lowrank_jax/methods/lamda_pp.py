@@ -8,8 +8,9 @@ from typing import Any, Literal
 import jax
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_choice
 from lowrank_jax.methods.allocation import Budget, Compare, site_ranks
-from lowrank_jax.methods.base import Given, Method, check_choice, method
+from lowrank_jax.methods.base import Given, Method, method
 from lowrank_jax.methods.lamda import lamda
 from lowrank_jax.sites import Site
 

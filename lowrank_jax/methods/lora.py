@@ -7,13 +7,13 @@ from typing import Literal
 
 import jax
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.methods.base import (
     Context,
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     method,
     scaling,

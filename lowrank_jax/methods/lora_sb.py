@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf, mid_leaf
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_dropout, check_rank, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_dropout, check_rank, method
 from lowrank_jax.sites import Site
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf, mid_leaf
 from lowrank_jax.methods.base import (
@@ -15,7 +16,6 @@ from lowrank_jax.methods.base import (
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     check_rank,
     method,

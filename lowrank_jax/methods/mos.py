@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -11,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import seeded
+from lowrank_jax.batching import over_batch
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf
 from lowrank_jax.methods.base import (
@@ -18,14 +19,13 @@ from lowrank_jax.methods.base import (
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     check_rank,
     method,
     random_a,
     scaling,
 )
-from lowrank_jax.sites import Site
+from lowrank_jax.sites import LAYER_NUMBER, Site
 
 
 @method
@@ -83,10 +83,10 @@ def mos(
     drawn = rank - private
 
     def names(site: Site) -> dict[str, str]:
-        # The first number in a path is the layer's: without it, the path is the module type's.
-        kind = (
-            "all" if pools == "size" else re.sub(r"(^|[/_.])\d+(?=[/_.]|$)", "", site.path, count=1).replace("/", ".")
-        )
+        # Without the layer's number and what joins it, the path is the module type's.
+        number = LAYER_NUMBER.search(site.path)
+        own = site.path if number is None else site.path[: max(number.start() - 1, 0)] + site.path[number.end() :]
+        kind = "all" if pools == "size" else own.replace("/", ".")
         return {"a": f"{kind}.a{site.n_in}", "b": f"{kind}.b{site.n_out}"}
 
     def leaves(site: Site) -> dict[str, Leaf]:
@@ -137,9 +137,7 @@ def mos(
                 rows = lambda side, of, n: pool[side][of].reshape(drawn, -1)[:, :n]  # noqa: E731
                 return rows("a", of_a, site.n_in).T, rows("b", of_b, site.n_out)
 
-            for _ in site.batch_shape:
-                put_together = jax.vmap(put_together)
-            parts = [put_together(leaves["seed"]), *parts]
+            parts = [over_batch(put_together, len(site.batch))(leaves["seed"]), *parts]
         a, b = (jnp.concatenate(side, axis) for side, axis in zip(zip(*parts, strict=True), (-1, -2), strict=True))
         return LowRank(a, b, scale=scale, dropout=dropout)
 

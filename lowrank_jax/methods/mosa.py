@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import seeded
+from lowrank_jax.batching import over_batch
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Form, Leaf
 from lowrank_jax.forms.bottleneck import ACTIVATIONS
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_dropout, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_dropout, method
 from lowrank_jax.methods.bottleneck import bottleneck
 from lowrank_jax.methods.bottleneck_leaves import bottleneck_leaves, check_width, width_at
 from lowrank_jax.sites import Site
@@ -83,7 +85,7 @@ def mosa(
     def init(key: jax.Array, site: Site, given: Given) -> Leaves:
         made = {name: jnp.zeros((*site.batch_shape, *leaf.shape)) for name, leaf in leaves(site).items()}
         made["seed"] = seeded.seeds(key, site.batch_shape)
-        return made | {"down": _each(_first_down, made["seed"], made["down"])}
+        return made | {"down": over_batch(_first_down, len(site.batch))(made["seed"], made["down"])}
 
     def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> Form:
         own = dict(leaves)
@@ -91,10 +93,13 @@ def mosa(
             key = jax.random.fold_in(context.key, np.uint32(zlib.crc32(site.path.encode())))
             for n, name in enumerate(split):
                 drawn = jax.random.randint(jax.random.fold_in(key, n), site.batch_shape, 0, experts)
-                start = _each(_first_down, leaves["seed"], own[name]) if name == "down" else jnp.zeros_like(own[name])
-                mask = _each(
-                    lambda seed, x, n=n: owners(seeded.fold(seed, n), x.shape, experts), leaves["seed"], own[name]
+                start = (
+                    over_batch(_first_down, len(site.batch))(leaves["seed"], own[name])
+                    if name == "down"
+                    else jnp.zeros_like(own[name])
                 )
+                of_one = lambda seed, x, n=n: owners(seeded.fold(seed, n), x.shape, experts)  # noqa: E731
+                mask = over_batch(of_one, len(site.batch))(leaves["seed"], own[name])
                 own[name] = jnp.where(mask == drawn[..., None, None], own[name], start.astype(own[name].dtype))
         return plain.expand(site, own, context)
 
@@ -113,10 +118,3 @@ def owners(seed: jax.Array, shape: tuple[int, ...], experts: int) -> jax.Array:
 
 def _first_down(seed: jax.Array, like: jax.Array) -> jax.Array:
     return seeded.uniform(seeded.fold(seed, 2), like.shape) / math.sqrt(like.shape[0])
-
-
-def _each(make: Any, seed: jax.Array, like: jax.Array) -> jax.Array:
-    """``make(seed, like)`` over the axes of a stack."""
-    for _ in seed.shape[:-1]:
-        make = jax.vmap(make)
-    return make(seed, like)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax import seeded
+from lowrank_jax.batching import over_batch
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_dropout, check_rank, method, scaling
 from lowrank_jax.sites import Site
@@ -66,9 +67,7 @@ def nola(rank: int = 8, bases: int = 512, alpha: float | None = None, dropout: f
             a = combination(u, seeded.fold(seed, 1), (site.n_in, rank))
             return a0 + a, combination(v, seeded.fold(seed, 2), (rank, site.n_out))
 
-        for _ in site.batch_shape:
-            factors = jax.vmap(factors)
-        a, b = factors(leaves["u"], leaves["v"], leaves["seed"])
+        a, b = over_batch(factors, len(site.batch))(leaves["u"], leaves["v"], leaves["seed"])
         return LowRank(a, b, scale=scale, dropout=dropout)
 
     return Method(LowRank, leaves, init, expand)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.codebook import pack, packed_size, quantise, unpack
 from lowrank_jax.forms import Form, Leaf, LowRank, NonlinearBottleneck
 from lowrank_jax.forms.bottleneck import ACTIVATIONS
@@ -18,7 +19,6 @@ from lowrank_jax.methods.base import (
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     check_rank,
     method,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf
 from lowrank_jax.methods.base import (
@@ -18,7 +19,6 @@ from lowrank_jax.methods.base import (
     Leaves,
     Method,
     Seen,
-    check_choice,
     check_dropout,
     check_rank,
     method,

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank, QualityPair
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf
 from lowrank_jax.forms.quality_pair import weight_of
@@ -16,7 +17,6 @@ from lowrank_jax.methods.base import (
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     check_rank,
     method,

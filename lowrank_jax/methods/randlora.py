@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import seeded
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Entries, Leaf, RandomBases
 from lowrank_jax.methods.base import (
     Context,
     Given,
     Leaves,
     Method,
-    check_choice,
     check_dropout,
     check_rank,
     method,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import seeded
+from lowrank_jax.batching import over_batch
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, Sparse, SparseLowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_rank, method, random_a, scaling
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_rank, method, random_a, scaling
 from lowrank_jax.methods.entries import check_share, count_entries
 from lowrank_jax.sites import Site
 
@@ -81,13 +83,18 @@ def sltrain(
         if support == "stratified":
             return {**made, "seed": seeded.seeds(place_key, site.batch_shape)}
         draw = lambda key: jnp.sort(jax.random.permutation(key, site.n_in * site.n_out)[:nnz])  # noqa: E731
-        return {**made, "indices": _mapped(draw, site)(jax.random.split(place_key, site.batch_shape)).astype(jnp.int32)}
+        return {
+            **made,
+            "indices": over_batch(draw, len(site.batch))(jax.random.split(place_key, site.batch_shape)).astype(
+                jnp.int32
+            ),
+        }
 
     def expand(site: Site, leaves: Mapping[str, jax.Array], context: Context) -> SparseLowRank:
         size, nnz = site.n_in * site.n_out, leaves["v"].shape[-1]
         indices = leaves.get("indices")
         if indices is None:
-            indices = _mapped(lambda seed: one_in_each_stretch(seed, size, nnz), site)(leaves["seed"])
+            indices = over_batch(lambda seed: one_in_each_stretch(seed, size, nnz), len(site.batch))(leaves["seed"])
         sparse = Sparse(indices, leaves["v"], (site.n_in, site.n_out))
         return SparseLowRank(leaves["a"], leaves["b"], sparse, scale)
 
@@ -106,9 +113,3 @@ def one_in_each_stretch(seed: jax.Array, size: int, number: int) -> jax.Array:
     length = (shortest + (which < longer)).astype(jnp.uint32)
     start = which * shortest + jnp.minimum(which, longer)
     return start + (seeded.words(seed, (number,)) % length).astype(jnp.int32)
-
-
-def _mapped(of_one: Callable[[jax.Array], jax.Array], site: Site) -> Callable[[jax.Array], jax.Array]:
-    for _ in site.batch_shape:
-        of_one = jax.vmap(of_one)
-    return of_one

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_jax.batching import over_batch
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, Sparse
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, build, check_choice, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, build, method
 from lowrank_jax.methods.entries import check_share, check_size, count_entries
 from lowrank_jax.methods.sparse_update import sparse_update
 from lowrank_jax.optim.entry_swaps import flat_positions
@@ -104,9 +106,7 @@ def spiel(
     def init(key: jax.Array, site: Site, given: Given) -> Leaves:
         k, size = count(site), site.n_in * site.n_out
         draw = lambda key: jnp.sort(jax.random.choice(key, size, (k,), replace=False))  # noqa: E731
-        for _ in site.batch_shape:
-            draw = jax.vmap(draw)
-        here = draw(jax.random.split(key, site.batch_shape))
+        here = over_batch(draw, len(site.batch))(jax.random.split(key, site.batch_shape))
         row, column = (x.astype(jnp.float32) for x in (here // site.n_out, here % site.n_out))
         zeros = {name: jnp.zeros((*site.batch_shape, *leaf.shape)) for name, leaf in leaves(site).items()}
         return {**zeros, "row": row, "column": column}

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
 from lowrank_jax.forms.low_rank import a_leaf, b_leaf, mid_leaf
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_rank, method, scaling
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_rank, method, scaling
 from lowrank_jax.optim.subspace import Side, sides
 from lowrank_jax.sites import Site
 
@@ -21,8 +22,8 @@ def subspace_update(rank: int = 128, side: Side = "smaller") -> Method:
     """Training in a fixed subspace: ``y = x K + x P r``, ``P [n_in, rank]`` orthonormal and frozen, ``r [rank, n_out]`` trained from zero.
 
     What GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection (arXiv 2403.03507) is between two refreshes: the gradient of
-    ``r`` is ``P^T G``. `lowrank_jax.dual` refreshes ``P``, which starts random. Where the output side is projected it is ``x r Q^T``, with
-    ``r [n_in, rank]``; with ``side="both"``, ``x P r Q^T`` with ``r [rank, rank]``.
+    ``r`` is ``P^T G``. `lowrank_jax.dual_galore` refreshes ``P``, which starts random. Where the output side is projected it is
+    ``x r Q^T``, with ``r [n_in, rank]``; with ``side="both"``, ``x P r Q^T`` with ``r [rank, rank]``.
     Count: ``rank * n_out``, ``n_in * rank`` or ``rank * rank``.
 
     Args:

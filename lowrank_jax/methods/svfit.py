@@ -7,7 +7,8 @@ from typing import Literal
 import jax
 
 from lowrank_jax import linalg
-from lowrank_jax.methods.base import Given, Method, check_choice, method, scaling
+from lowrank_jax.checks import check_choice
+from lowrank_jax.methods.base import Given, Method, method, scaling
 from lowrank_jax.methods.diagonal import trained_diagonal
 from lowrank_jax.sites import Site
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.checks import check_choice
 from lowrank_jax.forms import Leaf, LowRank
-from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_choice, check_dropout, method
+from lowrank_jax.methods.base import Context, Given, Leaves, Method, check_dropout, method
 from lowrank_jax.methods.lora_pair import pair_leaves, zero_b
 from lowrank_jax.sites import Site
 

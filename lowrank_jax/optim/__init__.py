@@ -10,7 +10,7 @@ from lowrank_jax.optim.grow_triplets import grow_triplets
 from lowrank_jax.optim.layer_sampling import Layers, lisa
 from lowrank_jax.optim.phases import carry_state, with_methods
 from lowrank_jax.optim.precision import adaptive_precision
-from lowrank_jax.optim.precision_state import mean_word_length, quantise, sparsity_penalty
+from lowrank_jax.optim.precision_state import mean_word_length, quantise_params, sparsity_penalty
 from lowrank_jax.optim.prune_triplets import prune_triplets
 from lowrank_jax.optim.soft_threshold import soft_threshold
 from lowrank_jax.optim.spiel import reselect_entries
@@ -21,7 +21,7 @@ from lowrank_jax.optim.update_used import update_used
 __all__ = [
     "adaptive_precision",
     "mean_word_length",
-    "quantise",
+    "quantise_params",
     "sparsity_penalty",
     "Layers",
     "carry_state",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.optim.blockwise import BLOCK, Quantised, dequantise, quantise
+from lowrank_jax.optim.blockwise import BLOCK, Quantised, dequantise_blockwise, quantise_blockwise
 
 
 class ScaleByAdam8bitState(NamedTuple):
@@ -47,14 +47,14 @@ def scale_by_adam_8bit(
 
     def start(leaf: jax.Array, signed: bool) -> Any:
         zeros = jnp.zeros(leaf.shape, jnp.float32)
-        return quantise(zeros, signed, block) if leaf.size >= min_size else zeros
+        return quantise_blockwise(zeros, signed, block) if leaf.size >= min_size else zeros
 
     def init(params: Any) -> ScaleByAdam8bitState:
         mu, nu = (jax.tree.map(lambda x, s=signed: start(x, s), params) for signed in (True, False))
         return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
     def moment(stored: Any, value: jax.Array, decay: float) -> jax.Array:
-        old = dequantise(stored) if isinstance(stored, Quantised) else stored
+        old = dequantise_blockwise(stored) if isinstance(stored, Quantised) else stored
         return decay * old + (1 - decay) * value
 
     def update(updates: Any, state: ScaleByAdam8bitState, params: Any = None) -> tuple[Any, ScaleByAdam8bitState]:
@@ -67,8 +67,8 @@ def scale_by_adam_8bit(
             m, v = moment(mu, wide, b1), moment(nu, wide**2, b2)
             steps.append((m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)).astype(g.dtype))
             large = isinstance(mu, Quantised)
-            mus.append(quantise(m, True, block) if large else m)
-            nus.append(quantise(v, False, block) if large else v)
+            mus.append(quantise_blockwise(m, True, block) if large else m)
+            nus.append(quantise_blockwise(v, False, block) if large else v)
         new = ScaleByAdam8bitState(count, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(steps), new
 

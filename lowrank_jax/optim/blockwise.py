@@ -47,14 +47,14 @@ def codebook(signed: bool) -> np.ndarray:
     return np.sort(np.asarray(values)).astype(np.float32)
 
 
-def quantise(x: jax.Array, signed: bool = True, block: int = BLOCK) -> Quantised:
+def quantise_blockwise(x: jax.Array, signed: bool = True, block: int = BLOCK) -> Quantised:
     """Each number as the nearest value of `codebook` times the largest absolute value of its block. Zero stays zero.
 
     Args:
       x: any shape; its numbers in order, the last block filled up with zeros. signed: False: no number is negative.
 
     Example:
-      >>> quantise(jnp.array([4.0, -1.0, 0.0]), block=2).largest.tolist()
+      >>> quantise_blockwise(jnp.array([4.0, -1.0, 0.0]), block=2).largest.tolist()
       [4.0, 0.0]
     """
     flat = jnp.ravel(x).astype(jnp.float32)
@@ -66,11 +66,11 @@ def quantise(x: jax.Array, signed: bool = True, block: int = BLOCK) -> Quantised
     return Quantised(jnp.searchsorted(middles, scaled).astype(jnp.uint8), largest, jnp.shape(x), signed)
 
 
-def dequantise(q: Quantised) -> jax.Array:
+def dequantise_blockwise(q: Quantised) -> jax.Array:
     """The numbers, in the shape they had, float32.
 
     Example:
-      >>> dequantise(quantise(jnp.array([[4.0, 0.0]]))).tolist()
+      >>> dequantise_blockwise(quantise_blockwise(jnp.array([[4.0, 0.0]]))).tolist()
       [[4.0, 0.0]]
     """
     values = jnp.asarray(codebook(q.signed))[q.codes] * q.largest[:, None]

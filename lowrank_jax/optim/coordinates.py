@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.batching import over_batch
 from lowrank_jax.optim.projected import Space
 
 Order = Literal["random", "ascending", "descending", "mirror"]
@@ -36,6 +37,9 @@ def some_matrices(density: float, order: Order) -> Space:
     """``round(density * matrices)`` of the matrices ``[matrices, n_in, n_out]``: drawn, or one after another.
 
     ``mirror`` takes them from both ends towards the middle.
+
+    Raises:
+      ValueError (from ``start``): an odd number of them for ``mirror``.
     """
 
     def find(k: int, shape: tuple[int, ...], key: jax.Array, number: jax.Array) -> jax.Array:
@@ -49,8 +53,17 @@ def some_matrices(density: float, order: Order) -> Space:
             at = jnp.where(at % 2 == 0, at // 2, m - 1 - at // 2)
         return at
 
+    def count(n: int) -> int:
+        k = round(density * n)
+        if order == "mirror" and k % 2:
+            raise ValueError(
+                f"order='mirror', density={density}: {k} of the {n} matrices of a size would be updated; expected an even number. Choose "
+                "another density or order."
+            )
+        return k
+
     line = lambda g: g.reshape(g.shape[0], -1)  # noqa: E731
-    return _rows(lambda n: round(density * n), find, line, lambda x, shape: x.reshape(-1, *shape[1:]))
+    return _rows(count, find, line, lambda x, shape: x.reshape(-1, *shape[1:]))
 
 
 def _drawn(k: int, shape: tuple[int, ...], key: jax.Array, number: jax.Array) -> jax.Array:
@@ -88,7 +101,5 @@ def _rows(
 
 def _put(rows: jax.Array, where: jax.Array, x: jax.Array) -> jax.Array:
     """``rows [*batch, n, m]`` with those at ``where [*batch, k]`` replaced."""
-    put = lambda rows, where, x: rows.at[where].set(x)  # noqa: E731
-    for _ in where.shape[:-1]:
-        put = jax.vmap(put, in_axes=(0, 0, 0 if x.ndim else None))
+    put = over_batch(lambda rows, where, x: rows.at[where].set(x), where.ndim - 1, (0, 0, 0 if x.ndim else None))
     return put(rows, where, x)

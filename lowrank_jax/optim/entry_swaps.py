@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+
+from lowrank_jax.checks import check_choice
 
 Schedule = Literal["linear", "cosine"]
 
@@ -45,8 +46,7 @@ def swap_share(step: Any, total_steps: Any, first: int, share: float = 0.2, sche
       >>> [round(float(swap_share(step, 100, first=5)), 3) for step in (5, 25, 100)]
       [1.0, 0.15, 0.0]
     """
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"swap_share(schedule={schedule!r}): expected one of 'linear', 'cosine'.")
+    check_choice("swap_share", "schedule", schedule, get_args(Schedule))
     way = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0, 1)
     if schedule == "cosine":
         return share * (1 + jnp.cos(math.pi * way)) / 2
@@ -88,13 +88,6 @@ def swapped_leaves(v: jax.Array, done: Swap, n_out: int) -> dict[str, jax.Array]
     """The leaves ``v``, ``row`` and ``column`` after a swap: a newcomer's value is zero."""
     row, column = (x.astype(jnp.float32) for x in (done.positions // n_out, done.positions % n_out))
     return {"v": jnp.where(done.leaves, jnp.zeros_like(v), v), "row": row, "column": column}
-
-
-def batched(of_one: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """A function of one matrix's arrays as a function of stacks of them."""
-    for _ in range(axes):
-        of_one = jax.vmap(of_one)
-    return of_one
 
 
 def _rank(x: jax.Array) -> jax.Array:

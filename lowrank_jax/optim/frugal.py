@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_choice, check_numbers
 from lowrank_jax.optim.coordinates import Order, some_entries, some_inputs, some_matrices, some_outputs
-from lowrank_jax.optim.projected import Space, check_numbers, check_words, run_projected
+from lowrank_jax.optim.projected import Space, run_projected
 from lowrank_jax.optim.subspace import (
     Bases,
     Side,
@@ -78,10 +79,11 @@ def frugal(
       (2, 6)
     """
     check_numbers("frugal", refresh_every=refresh_every)
-    check_words(
-        "frugal", subspace=(subspace, get_args(Subspace)), free=(free, (*get_args(Free), None)), order=(order, get_args(Order)),
-        on_refresh=(on_refresh, ("reset", "keep")), side=(side, get_args(Side)), svd=(svd, get_args(linalg.SvdMethod)),
-    )  # fmt: skip
+    for name, value, known in (
+        ("subspace", subspace, get_args(Subspace)), ("free", free, (*get_args(Free), None)), ("order", order, get_args(Order)),
+        ("on_refresh", on_refresh, ("reset", "keep")), ("side", side, get_args(Side)), ("svd", svd, get_args(linalg.SvdMethod)),
+    ):  # fmt: skip
+        check_choice("frugal", name, value, known)
     if not 0 <= density <= 1:
         raise ValueError(f"frugal(density={density}): expected a share in [0, 1].")
 
@@ -98,11 +100,10 @@ def frugal(
     rest = None
     if free is not None:
         rest = lambda g: free_scale * (jnp.sign(g) if free == "sign" else g)  # noqa: E731
-    tx = run_projected(
+    return run_projected(
         "frugal", inner, space, scale=scale, free=rest, refresh_every=refresh_every, on_refresh=on_refresh, stagger=False,
         by_size=subspace == "blocks", targets=targets, sites=sites, allow_other=allow_other, seed=seed,
     )  # fmt: skip
-    return _even(tx, density) if subspace == "blocks" and order == "mirror" else tx
 
 
 def _random_bases(g: jax.Array, rank: int, side: Side, key: jax.Array) -> Bases:
@@ -112,17 +113,3 @@ def _random_bases(g: jax.Array, rank: int, side: Side, key: jax.Array) -> Bases:
     inputs, outputs = sides(side, *g.shape[-2:])
     first, second = jax.random.split(key)
     return Bases(basis(g.shape[-2], first) if inputs else None, basis(g.shape[-1], second) if outputs else None)
-
-
-def _even(tx: optax.GradientTransformation, density: float) -> optax.GradientTransformation:
-    def init(params: optax.Params) -> optax.OptState:
-        state = tx.init(params)
-        for name, unit in state.projected.items():
-            if unit.subspace.shape[-1] % 2:
-                raise ValueError(
-                    f"frugal(order='mirror', density={density}): {unit.subspace.shape[-1]} of the matrices of size {name} would be "
-                    "updated; expected an even number. Choose another density or order."
-                )
-        return state
-
-    return optax.GradientTransformation(init, tx.update)

@@ -8,7 +8,8 @@ from typing import get_args
 import optax
 
 from lowrank_jax import linalg
-from lowrank_jax.optim.projected import OnRefresh, Space, check_numbers, check_words, quantised, run_projected
+from lowrank_jax.checks import check_choice, check_numbers
+from lowrank_jax.optim.projected import OnRefresh, Space, quantised, run_projected
 from lowrank_jax.optim.subspace import Side, singular_directions
 from lowrank_jax.sites import Site
 
@@ -75,12 +76,9 @@ def galore(
       ((2, 8), (8,))
     """
     check_numbers("galore", rank=rank, refresh_every=refresh_every)
-    check_words(
-        "galore",
-        side=(side, get_args(Side)),
-        on_refresh=(on_refresh, get_args(OnRefresh)),
-        svd=(svd, get_args(linalg.SvdMethod)),
-    )
+    check_choice("galore", "side", side, get_args(Side))
+    check_choice("galore", "on_refresh", on_refresh, get_args(OnRefresh))
+    check_choice("galore", "svd", svd, get_args(linalg.SvdMethod))
 
     def space(site: Site) -> Space:
         if rank > site.max_rank:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.sites import Site, flatten, with_leaves
+from lowrank_jax.checks import check_choice, check_numbers
+from lowrank_jax.sites import LAYER_NUMBER, Site, flatten, with_leaves
 
 Policy = Literal["reset", "keep"]
-_NUMBER = re.compile(r"(?:(?<=[/_.])|^)\d+(?=[/_.]|$)")
 
 
 class LisaState(NamedTuple):
@@ -50,7 +49,7 @@ class Layers:
         self._stacked = {path: site.scanned[0] for path, site in (sites or {}).items() if site.scanned and path in flat}
         self._numbered: dict[str, dict[int, str]] = {}
         for path in flat:
-            found = _NUMBER.search(path)
+            found = LAYER_NUMBER.search(path)
             if path not in self._stacked and found:
                 role = path[: found.start()] + "{}" + path[found.end() :]
                 self._numbered.setdefault(role, {})[int(found.group())] = path
@@ -127,10 +126,8 @@ def lisa(
       >>> state.slots[0].mu["layers_{}/kernel"].shape
       (1, 2, 3)
     """
-    if active < 1 or period < 1:
-        raise ValueError(f"lisa(active={active}, period={period}): expected numbers of at least 1.")
-    if state_policy not in ("reset", "keep"):
-        raise ValueError(f"lisa(state_policy={state_policy!r}): expected 'reset' or 'keep'.")
+    check_numbers("lisa", active=active, period=period)
+    check_choice("lisa", "state_policy", state_policy, get_args(Policy))
 
     def layers_of(tree: Any) -> Layers:
         layers = Layers(tree, sites)

@@ -34,13 +34,13 @@ def adaptive_precision(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive Precision Training (AdaPT): A dynamic fixed point quantized training approach for DNNs (arXiv 2107.13490).
 
-    The weights that an optimizer updates stay as they are; the loss sees them in fixed point, through `quantise`, with a format
+    The weights that an optimizer updates stay as they are; the loss sees them in fixed point, through `quantise_params`, with a format
     ``<WL, FL>`` of each layer's own. Every window of gradients a layer switches to the shortest format that keeps the histogram of its
     weights (`push_down`), made longer by what the diversity of its gradients asks for (`push_up`). Layers of a scanned stack and experts
     are layers of their own. Chain it in front of the optimizer, and give it the loss, which it watches::
 
         tx = optax.chain(adaptive_precision(), optax.sgd(0.1))
-        value, grads = jax.value_and_grad(lambda p: loss(quantise(p, state[0], key)))(params)
+        value, grads = jax.value_and_grad(lambda p: loss(quantise_params(p, state[0], key)))(params)
         updates, state = tx.update(grads, state, params, value=value)
 
     Nothing here makes a step faster on hardware that has no such words: what is real are the bits (`mean_word_length`), not the time.

@@ -38,7 +38,7 @@ class PrecisionState(NamedTuple):
     losses: jax.Array
 
 
-def quantise(params: Any, state: PrecisionState, key: jax.Array | None) -> Any:
+def quantise_params(params: Any, state: PrecisionState, key: jax.Array | None) -> Any:
     """The parameters as the loss sees them: each layer in its format, everything else as it is. Gradients pass straight through.
 
     Args:
@@ -51,11 +51,11 @@ def quantise(params: Any, state: PrecisionState, key: jax.Array | None) -> Any:
     Example:
       >>> from lowrank_jax.optim.precision import adaptive_precision
       >>> params = {"layer": {"kernel": jnp.full((2, 2), 0.3)}}
-      >>> quantise(params, adaptive_precision(start=(8, 2)).init(params), None)["layer"]["kernel"].tolist()
+      >>> quantise_params(params, adaptive_precision(start=(8, 2)).init(params), None)["layer"]["kernel"].tolist()
       [[0.25, 0.25], [0.25, 0.25]]
     """
     new = {}
-    for n, (path, (w, layer)) in enumerate(_paired("quantise", params, state).items()):
+    for n, (path, (w, layer)) in enumerate(_paired("quantise_params", params, state).items()):
         own = None if key is None else jax.random.fold_in(key, n)
         new[path] = fixed_point(w, layer.word_length, layer.fraction_length, own)
     return with_leaves(params, new)
@@ -64,7 +64,7 @@ def quantise(params: Any, state: PrecisionState, key: jax.Array | None) -> Any:
 def mean_word_length(params: Any, state: PrecisionState) -> jax.Array:
     """The paper's measure of size as a word length: the sum over layers of ``WL`` times non-zero weights, over the number of weights.
 
-    Take the parameters that `quantise` gives. 32 is float32 without a zero.
+    Take the parameters that `quantise_params` gives. 32 is float32 without a zero.
 
     Example:
       >>> from lowrank_jax.optim.precision import adaptive_precision

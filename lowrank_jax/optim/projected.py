@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.optim.blockwise import BLOCK, Quantised, dequantise, quantise
+from lowrank_jax.optim.blockwise import BLOCK, Quantised, dequantise_blockwise, quantise_blockwise
 from lowrank_jax.optim.targets import choose
 from lowrank_jax.sites import Site, flatten, with_leaves
 
@@ -103,7 +103,14 @@ def run_projected(
         here, shape = space(members[0]), shape_of(members)
         subspace = here.start(shape, dtype)
         like = jax.eval_shape(here.down, jax.ShapeDtypeStruct(shape, dtype), subspace)
-        return Projected(subspace, inner.init(jnp.zeros(like.shape, like.dtype)))
+        inside = inner.init(jnp.zeros(like.shape, like.dtype))
+        held = [x.shape for x in jax.tree.leaves(inside) if x.ndim]
+        if on_refresh == "rotate" and set(held) - {like.shape}:
+            raise ValueError(
+                f"{what}(on_refresh='rotate'): the inner state of {members[0].path} has arrays of shapes {sorted(set(held))}, which "
+                f"cannot be turned; expected {like.shape}, as of optax.scale_by_adam(). Take 'keep' or 'reset' for packed moments."
+            )
+        return Projected(subspace, inside)
 
     def init(params: Any) -> ProjectedState:
         flat, chosen = flatten(params), units(params)
@@ -147,8 +154,8 @@ def run_projected(
 
 def quantised(space: Space, block: int = BLOCK) -> Space:
     """The space with every float of the subspace kept in eight bits, see `lowrank_jax.optim.blockwise`."""
-    plain = lambda tree: jax.tree.map(dequantise, tree, is_leaf=lambda x: isinstance(x, Quantised))  # noqa: E731
-    small = lambda tree: jax.tree.map(lambda x: quantise(x, block=block), tree)  # noqa: E731
+    plain = lambda tree: jax.tree.map(dequantise_blockwise, tree, is_leaf=lambda x: isinstance(x, Quantised))  # noqa: E731
+    small = lambda tree: jax.tree.map(lambda x: quantise_blockwise(x, block=block), tree)  # noqa: E731
     return Space(
         lambda shape, dtype: small(space.start(shape, dtype)),
         lambda g, key, number: small(space.find(g, key, number)),
@@ -157,20 +164,6 @@ def quantised(space: Space, block: int = BLOCK) -> Space:
         lambda g, subspace: space.left(g, plain(subspace)),
         space.turned and (lambda x, old, new, squares: space.turned(x, plain(old), plain(new), squares)),  # type: ignore[misc]
     )
-
-
-def check_numbers(what: str, **numbers: float) -> None:
-    """Raises a ValueError unless all are at least 1."""
-    if min(numbers.values()) < 1:
-        given = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        raise ValueError(f"{what}({given}): expected numbers of at least 1.")
-
-
-def check_words(what: str, **words: tuple[str | None, Sequence[str | None]]) -> None:
-    """Raises a ValueError unless each word is one of those known: ``name=(word, known)``."""
-    for name, (word, known) in words.items():
-        if word not in known:
-            raise ValueError(f"{what}({name}={word!r}): expected one of {', '.join(map(str, known))}.")
 
 
 def _others(flat: Mapping[str, Any], chosen: Mapping[str, Sequence[Site]]) -> dict[str, Any]:

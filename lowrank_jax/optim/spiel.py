@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.optim.entry_swaps import Schedule, batched, flat_positions, swap, swap_share, swapped_leaves
+from lowrank_jax.batching import over_batch
+from lowrank_jax.optim.entry_swaps import Schedule, flat_positions, swap, swap_share, swapped_leaves
 from lowrank_jax.optim.spiel_steps import has_sm3, sm3
 
 
@@ -75,7 +76,7 @@ def reselect_entries(
 
 
 def _accumulated(leaves: Mapping[str, jax.Array], g: jax.Array) -> dict[str, jax.Array]:
-    largest = batched(lambda old, at, nu: old.at[at].max(nu), g.ndim - 1)
+    largest = over_batch(lambda old, at, nu: old.at[at].max(nu), g.ndim - 1)
     nu = sm3(leaves, g)
     return {f"{n}_max": largest(leaves[f"{n}_max"], leaves[n].astype(jnp.int32), nu) for n in ("row", "column")}
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.optim.entry_swaps import batched, flat_positions, swap, swap_share, swapped_leaves
+from lowrank_jax.batching import over_batch
+from lowrank_jax.optim.entry_swaps import flat_positions, swap, swap_share, swapped_leaves
 from lowrank_jax.optim.spiel_steps import SpielMoments
 from lowrank_jax.plan import Entry, local_kernel
 from lowrank_jax.sites import flatten, named_sharding
@@ -128,7 +129,7 @@ def _swapped_by_gradients(
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     """New values and positions, and new ``(mean, square, age)``."""
     here = flat_positions(leaves["row"], leaves["column"], shape)
-    swaps = batched(functools.partial(swap, share=share, size=shape[0] * shape[1]), here.ndim - 1)
+    swaps = over_batch(functools.partial(swap, share=share, size=shape[0] * shape[1]), here.ndim - 1)
     done = swaps(leaves["v"], here, seen.positions, jnp.abs(seen.total))
     of = lambda x: jnp.take_along_axis(x, done.source, -1) / seen.number  # noqa: E731
     seeds = (of(seen.total), of(seen.square), seen.number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_jax.sites import Site, flatten, matches, no_match
+from lowrank_jax.sites import Site, flatten, hits, matches
 from lowrank_jax.sites import sites as find_sites
 
 MATRICES = ("dense", "conv", "embed")
@@ -41,11 +41,9 @@ def choose(
         return {path: site for path, site in found.items() if site.kind in ("dense", "conv")}
     taken = set()
     for pattern in targets:
-        hits = [path for path in found if matches(pattern, path)]
-        if not hits:
-            raise ValueError(no_match(f"{what}(targets=[{pattern!r}])", pattern, found))
-        matrices = [path for path in hits if found[path].kind in MATRICES]
-        others = [path for path in hits if path not in matrices and (not matrices or _named(pattern, path))]
+        named = hits(f"{what}(targets=[{pattern!r}])", pattern, found)
+        matrices = [path for path in named if found[path].kind in MATRICES]
+        others = [path for path in named if path not in matrices and (not matrices or _named(pattern, path))]
         if others and not allow_other:
             raise ValueError(
                 f"{what}(targets=[{pattern!r}]): {others[0]} of shape {found[others[0]].shape} is not known to be a matrix. End the "

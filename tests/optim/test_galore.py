@@ -8,7 +8,7 @@ import pytest
 from one_layer import kernel
 
 import lowrank_jax as lr
-from lowrank_jax.optim import galore
+from lowrank_jax.optim import galore, scale_by_adam_8bit
 from lowrank_jax.optim.subspace import Bases, leading, project, project_back
 
 EXACT = {"svd": "exact", "stagger": False, "scale": 1.0}
@@ -256,7 +256,7 @@ def test_bad_input_is_refused_by_name():
         galore(optax.scale_by_adam(), 0)
     with pytest.raises(ValueError, match=r"galore\(rank=2, refresh_every=0\)"):
         galore(optax.scale_by_adam(), 2, refresh_every=0)
-    with pytest.raises(ValueError, match=r"galore\(side='left'\): expected one of smaller, larger"):
+    with pytest.raises(ValueError, match=r"galore\(side='left'\): expected one of 'smaller', 'larger'"):
         galore(optax.scale_by_adam(), 2, side="left")
     with pytest.raises(ValueError, match=r"galore\(rank=7\) at tall/kernel: a \[10, 6\] gradient has only 6"):
         galore(optax.scale_by_adam(), 7, targets=["tall"]).init(PARAMS)
@@ -276,6 +276,12 @@ def test_bad_input_is_refused_by_name():
         galore(optax.scale_by_adam(), 2).update(PARAMS, state._replace(projected={}), PARAMS)
     with pytest.raises(ValueError, match="holds a subspace for square/kernel, which is not targeted"):
         galore(optax.scale_by_adam(), 2, targets=["wide", "tall"]).update(PARAMS, state, PARAMS)
+    packed = scale_by_adam_8bit(min_size=1)
+    with pytest.raises(
+        ValueError, match=r"galore\(on_refresh='rotate'\): the inner state of square/kernel has arrays of shapes"
+    ):
+        galore(packed, 2, on_refresh="rotate").init(PARAMS)
+    assert galore(packed, 2, on_refresh="reset").init(PARAMS)
     tx = galore(optax.adamw(1e-3), 2)
     with pytest.raises(ValueError, match="the inner transform needs the parameters"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)

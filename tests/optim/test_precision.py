@@ -10,7 +10,7 @@ from one_layer import kernel
 
 from lowrank_jax.fixed_point import fixed_point
 from lowrank_jax.optim.precision import adaptive_precision
-from lowrank_jax.optim.precision_state import mean_word_length, quantise, sparsity_penalty
+from lowrank_jax.optim.precision_state import mean_word_length, quantise_params, sparsity_penalty
 from lowrank_jax.optim.precision_switch import (
     MAX,
     MEAN,
@@ -287,7 +287,7 @@ def test_layers_of_a_stack_have_formats_of_their_own():
     assert here.word_length.shape == here.fraction_length.shape == here.norms.shape == (3, 1, 1)
     fractions, integers = here.fraction_length.ravel(), (here.word_length - here.fraction_length).ravel()
     assert fractions[0] > fractions[1] > fractions[2] and integers[2] > integers[0]
-    q = quantise(params, states[-1], KEY)["layers"]["kernel"]
+    q = quantise_params(params, states[-1], KEY)["layers"]["kernel"]
     for n in range(3):
         k = np.asarray(q[n], np.float64) * 2.0 ** int(fractions[n])
         assert (k == np.round(k)).all() and len(np.unique(k)) > 10
@@ -305,13 +305,13 @@ def test_quantised_training_learns_with_few_bits():
     def loss(params):
         return jnp.mean((x @ params["layer"]["kernel"] + params["layer"]["bias"] - x @ truth) ** 2)
 
-    value_and_grad = jax.jit(jax.value_and_grad(lambda p, state, key: loss(quantise(p, state, key))))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda p, state, key: loss(quantise_params(p, state, key))))
     state = adaptive_precision(**SMALL).init(params)
     for n in range(150):
         value, grads = value_and_grad(params, state, jax.random.fold_in(KEY, n))
         updates, state = small_step(grads, state, params, value)
         params = jax.tree.map(lambda p, u, n=n: p - 0.3 * (1 - n / 150) * u, params, updates)
-    quantised = quantise(params, state, KEY)
+    quantised = quantise_params(params, state, KEY)
     assert loss(quantised) < 0.01 * loss(start)
     here = state.layers["layer/kernel"]
     k = np.asarray(quantised["layer"]["kernel"], np.float64) * 2.0 ** int(here.fraction_length.item())
@@ -325,7 +325,7 @@ def test_bfloat16_parameters():
     assert updates["layer"]["kernel"].dtype == jnp.bfloat16
     here = states[-1].layers["layer/kernel"]
     assert here.gradient.dtype == jnp.float32 and here.fraction_length.item() != 4
-    q = quantise(params, states[-1], KEY)["layer"]["kernel"]
+    q = quantise_params(params, states[-1], KEY)["layer"]["kernel"]
     k = np.asarray(q, np.float64) * 2.0 ** int(here.fraction_length.item())
     assert q.dtype == jnp.bfloat16 and (k == np.round(k)).all()
 
@@ -368,5 +368,5 @@ def test_bad_arguments_are_refused():
     other = {"other": {"kernel": jnp.ones((2, 3))}}
     with pytest.raises(ValueError, match="adaptive_precision: the state holds .*layer/kernel.*other/kernel.*init"):
         precision.update(other, state, other, value=jnp.float32(1))
-    with pytest.raises(ValueError, match="quantise: the state holds layer/kernel.*not in the parameters"):
-        quantise(other, state, KEY)
+    with pytest.raises(ValueError, match="quantise_params: the state holds layer/kernel.*not in the parameters"):
+        quantise_params(other, state, KEY)

@@ -1,78 +1,42 @@
 """Files of each peft_type that the test lays out by hand, in PEFT's convention, against its formula in numpy; and back. Needs no torch."""
 
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hand_written import (
+    ADALORA,
+    CONV,
+    DOWN,
+    IA3,
+    LORA,
+    NAMES,
+    PARAMS,
+    PREFIX,
+    RANDLORA,
+    SITES,
+    STACK,
+    STACKED,
+    TABLE,
+    TOKENS,
+    UP,
+    VERA,
+    assert_written_back,
+    changes,
+    config_of,
+    ia3_tensors,
+    load,
+    normal,
+    randlora_tensors,
+    tensors_of,
+    vera_tensors,
+    write,
+)
 
 import lowrank_jax as lr
 from lowrank_jax import peft
-from lowrank_jax.models.tensors import CorruptFileError, open_safetensors, save_safetensors
-from lowrank_jax.sites import describe
-
-PREFIX = "base_model.model."
-RNG = np.random.default_rng(0)
-
-
-def normal(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-PARAMS = {
-    "up": {"kernel": jnp.asarray(normal(6, 8)), "bias": jnp.asarray(normal(8))},
-    "down": {"kernel": jnp.asarray(normal(8, 5)), "bias": jnp.asarray(normal(5))},
-    "conv": {"kernel": jnp.asarray(normal(3, 2, 4, 5))},
-    "table": {"embedding": jnp.asarray(normal(9, 6))},
-    "rows": {"kernel": jnp.asarray(normal(3, 4, 5))},
-}
-SITES = lr.sites(PARAMS) | {
-    "conv/kernel": describe("conv/kernel", PARAMS["conv"]["kernel"], "conv", inputs=(0, 1, 2), outputs=(3,)),
-    "rows/kernel": describe("rows/kernel", PARAMS["rows"]["kernel"], "conv", inputs=(0, 1), outputs=(2,)),
-}
-NAMES = {"up": "layers.0.up", "down": "layers.0.down", "conv": "conv", "table": "embed_tokens", "rows": "conv1d"}
-
-
-def write(directory: pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) -> pathlib.Path:
-    directory.mkdir(exist_ok=True)
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    save_safetensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
-    return directory
-
-
-def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    return {name: np.array(t.read()) for name, t in open_safetensors(directory / "adapter_model.safetensors").items()}
-
-
-def config_of(directory: pathlib.Path) -> dict:
-    return json.loads((directory / "adapter_config.json").read_text())
-
-
-def load(directory: pathlib.Path, **changes) -> lr.Adapters:
-    return peft.load(directory, PARAMS, **({"name_map": NAMES, "sites": SITES} | changes))
-
-
-def assert_written_back(adapters: lr.Adapters, directory: pathlib.Path, peft_type: str | None = None) -> dict:
-    """Saves and compares every tensor with the file the adapters came from; gives the new configuration."""
-    out = peft.save(adapters, directory / "again", name_map=NAMES, peft_type=peft_type)
-    was, now = tensors_of(directory), tensors_of(out)
-    assert was.keys() == now.keys()
-    for name, tensor in was.items():
-        np.testing.assert_array_equal(now[name], tensor, err_msg=name)
-    return config_of(out)
-
-
-def changes(adapters: lr.Adapters) -> dict[str, np.ndarray]:
-    """What merging adds, by path."""
-    before, after = lr.sites(PARAMS), lr.merge(PARAMS, adapters)
-    leaf = lambda tree, path: np.asarray(tree[path.split("/")[0]][path.split("/")[1]])  # noqa: E731
-    return {path: leaf(after, path) - leaf(PARAMS, path) for path in before}
-
-
-UP, DOWN, CONV, TABLE = (PREFIX + name for name in ("layers.0.up.", "layers.0.down.", "conv.", "embed_tokens."))
-LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
 
 
 def test_dora(tmp_path: pathlib.Path) -> None:
@@ -107,16 +71,6 @@ def test_dora_beside_lora_is_refused(tmp_path: pathlib.Path) -> None:
     adapters = lr.init(jax.random.key(0), PARAMS, lr.plan(PARAMS, {"up": lr.dora(2), "down": lr.lora(2)}))
     with pytest.raises(lr.forms.UnsupportedError, match="up/kernel is a dora and down/kernel a lora"):
         peft.save(adapters, tmp_path / "out", name_map=NAMES)
-
-
-ADALORA = {
-    "peft_type": "ADALORA",
-    "init_r": 3,
-    "target_r": 2,
-    "lora_alpha": 6,
-    "total_step": 10,
-    "target_modules": ["up", "conv"],
-}
 
 
 def test_adalora(tmp_path: pathlib.Path) -> None:
@@ -154,14 +108,6 @@ def test_adalora_of_other_ranks_and_scales_share_one_configuration(tmp_path: pat
         np.testing.assert_allclose(change, changes(adapters)[path], atol=1e-5)
 
 
-VERA = {"peft_type": "VERA", "r": 4, "target_modules": ["up", "down"], "d_initial": 0.1}
-
-
-def vera_tensors() -> dict[str, np.ndarray]:
-    return {UP + "vera_lambda_b": normal(8), UP + "vera_lambda_d": normal(4), DOWN + "vera_lambda_b": normal(5),
-            DOWN + "vera_lambda_d": normal(4), "base_model.vera_A": normal(4, 8), "base_model.vera_B": normal(8, 4)}  # fmt: skip
-
-
 def test_vera(tmp_path: pathlib.Path) -> None:
     t = vera_tensors()
     adapters = load(write(tmp_path, VERA, t))
@@ -181,15 +127,6 @@ def test_vera_of_a_seed_is_written_with_its_matrices(tmp_path: pathlib.Path) -> 
     assert tensors_of(out)["base_model.vera_A"].shape == (4, 8)
     for path, change in changes(load(out)).items():
         np.testing.assert_allclose(change, changes(adapters)[path], atol=1e-5)
-
-
-RANDLORA = {"peft_type": "RANDLORA", "r": 2, "randlora_alpha": 6, "target_modules": ["up", "down"]}
-
-
-def randlora_tensors() -> dict[str, np.ndarray]:
-    return {UP + "randlora_lambda": normal(2, 3), UP + "randlora_gamma": normal(3, 6), DOWN + "randlora_lambda": normal(2, 3),
-            DOWN + "randlora_gamma": normal(3, 5), "base_model.randlora_A": normal(2, 1, 8),
-            "base_model.randlora_B": normal(8, 4, 2)}  # fmt: skip
 
 
 def test_randlora(tmp_path: pathlib.Path) -> None:
@@ -242,13 +179,6 @@ def test_an_unknown_type_lists_the_known(tmp_path: pathlib.Path) -> None:
         peft.save(adapters, tmp_path / "out", name_map=NAMES, peft_type="LOHA")
 
 
-IA3 = {"peft_type": "IA3", "target_modules": ["up", "down", "conv"], "feedforward_modules": ["down", "conv"]}
-
-
-def ia3_tensors() -> dict[str, np.ndarray]:
-    return {UP + "ia3_l": normal(8, 1), DOWN + "ia3_l": normal(1, 8), CONV + "ia3_l": normal(1, 4, 1, 1)}
-
-
 def test_ia3(tmp_path: pathlib.Path) -> None:
     t = ia3_tensors()
     adapters = load(write(tmp_path, IA3, t))
@@ -290,9 +220,6 @@ def test_trained_rows_beside_a_lora(rows, tmp_path: pathlib.Path) -> None:
     assert config["trainable_token_indices"] == {"embed_tokens": [4, 1]} and config["target_modules"] == ["layers.0.up"]
 
 
-TOKENS = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4, 1], "target_modules": ["embed_tokens"]}
-
-
 def test_trained_rows_alone(tmp_path: pathlib.Path) -> None:
     new = normal(2, 6)
     adapters = load(write(tmp_path, TOKENS, {TABLE + "trainable_tokens_delta": new}))
@@ -316,10 +243,6 @@ def test_one_list_of_rows_for_all_or_a_lora_beside_them(tmp_path: pathlib.Path) 
     adapters = lr.init(jax.random.key(0), params, lr.plan(params, rules))
     with pytest.raises(lr.forms.UnsupportedError, match="one/embedding and two/embedding train different rows"):
         peft.save(adapters, tmp_path / "out", name_map=lambda path, layer: path.split("/")[0])
-
-
-STACK = {"heads": [f"layers.{i}.up" for i in range(3)]}
-STACKED = {"heads": {"kernel": jnp.asarray(normal(3, 6, 8)), "bias": jnp.asarray(normal(3, 8))}}
 
 
 @pytest.mark.parametrize(
@@ -348,82 +271,6 @@ def test_a_stack_is_split_and_stacked_again(method, peft_type, layers, tmp_path:
     again = peft.save(loaded, tmp_path / "again", name_map=STACK, peft_type=peft_type)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (out / file).read_bytes() == (again / file).read_bytes()
-
-
-# One good file of each type, for the refusals that all have in common.
-FILES = {
-    "LORA": (LORA | {"target_modules": ["up"], "trainable_token_indices": [4]},
-             lambda: {UP + "lora_A.weight": normal(2, 6), UP + "lora_B.weight": normal(8, 2),
-                      TABLE + "token_adapter.trainable_tokens_delta": normal(1, 6)}),
-    "DORA": (LORA | {"target_modules": ["up"], "use_dora": True},
-             lambda: {UP + "lora_A.weight": normal(2, 6), UP + "lora_B.weight": normal(8, 2), UP + "lora_magnitude_vector": normal(8)}),
-    "ADALORA": (ADALORA | {"target_modules": ["up"]},
-                lambda: {UP + "lora_A": normal(3, 6), UP + "lora_B": normal(8, 3), UP + "lora_E": normal(3, 1)}),
-    "VERA": (VERA, vera_tensors),
-    "RANDLORA": (RANDLORA, randlora_tensors),
-    "IA3": (IA3, ia3_tensors),
-    "TRAINABLE_TOKENS": (TOKENS, lambda: {TABLE + "trainable_tokens_delta": normal(2, 6)}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_damaged_files_of_every_type(kind: str, tmp_path: pathlib.Path) -> None:
-    config, make = FILES[kind]
-    tensors = make()
-    load(write(tmp_path, config, tensors))
-    for name in tensors:
-        write(tmp_path, config, {other: x for other, x in tensors.items() if other != name})
-        with pytest.raises(peft.PeftFormatError, match="missing|expected|no tensors|save_projection"):
-            load(tmp_path)
-        write(tmp_path, config, tensors | {name: tensors[name][:-1]})
-        with pytest.raises(peft.PeftFormatError, match=r"has shape .*; expected"):
-            load(tmp_path)
-        write(tmp_path, config, tensors | {name: tensors[name].astype(np.int32)})
-        with pytest.raises(peft.PeftFormatError, match="type int32"):
-            load(tmp_path)
-    write(tmp_path, config, tensors)
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(CorruptFileError, match="adapter_model.safetensors"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields"),
-    [
-        ("LORA", {"trainable_token_indices": [9]}),
-        ("LORA", {"trainable_token_indices": None}),
-        ("LORA", {"trainable_token_indices": {"lm_head": [4]}}),
-        ("DORA", {"use_rslora": "yes"}),
-        ("ADALORA", {"init_r": 0}),
-        ("ADALORA", {"lora_alpha": 0}),
-        ("ADALORA", {"rank_pattern": {"layers.0.up.lora_E": [True]}}),
-        ("ADALORA", {"rank_pattern": {"layers.0.up.lora_E": 2}}),
-        ("ADALORA", {"use_dora": True}),
-        ("ADALORA", {"target_parameters": ["x.y"]}),
-        ("VERA", {"r": "4"}),
-        ("VERA", {"vera_dropout": 2}),
-        ("VERA", {"bias": "vera_only"}),
-        ("RANDLORA", {"sparse": 1}),
-        ("RANDLORA", {"randlora_alpha": None, "r": -1}),
-        ("IA3", {"feedforward_modules": [3]}),
-        ("IA3", {"feedforward_modules": None}),
-        ("TRAINABLE_TOKENS", {"token_indices": [1, 1]}),
-        ("TRAINABLE_TOKENS", {"token_indices": [1, 9]}),
-    ],
-    ids=str,
-)
-def test_values_that_make_no_sense(kind: str, fields: dict, tmp_path: pathlib.Path) -> None:
-    config, make = FILES[kind]
-    with pytest.raises(peft.PeftFormatError, match=f"{list(fields)[-1]}|row 9"):
-        load(write(tmp_path, config | fields, make()))
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_unknown_fields_warn(kind: str, tmp_path: pathlib.Path) -> None:
-    config, make = FILES[kind]
-    with pytest.warns(UserWarning, match="foobar"):
-        load(write(tmp_path, config | {"foobar": 1}, make()))
 
 
 def test_copies_of_the_projections_in_every_layer_are_taken_for_one(tmp_path: pathlib.Path) -> None:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax import linalg
+
 MOST = 6  # objectives: with a constraint more than objectives 1,287 vertices, five times as many for each further one
 _TOLERANCE = 1e-5  # of constraints whose largest coefficient is 1, in float32
 
@@ -98,21 +100,10 @@ def _shortest(gram: jax.Array) -> jax.Array:
 
 
 def _solve(systems: jax.Array, sides: jax.Array) -> jax.Array:
-    """Gauss-Jordan with pivots, of systems ``[v, n, n]`` at once; not finite where singular.
-
-    Not jnp.linalg.solve: on a CPU batched LAPACK calls that run side by side can wait for each other forever (`lowrank_jax.linalg.each`).
-    """
-    size = systems.shape[-1]
-    every, below = jnp.arange(len(systems)), jnp.arange(size)
-
-    def eliminate(n: jax.Array, rows: jax.Array) -> jax.Array:
-        largest = jnp.argmax(jnp.where(below >= n, jnp.abs(rows[:, :, n]), -1), axis=1)
-        pivot = rows[every, largest]
-        rows = rows.at[every, largest].set(rows[:, n])
-        pivot = pivot / pivot[:, n, None]
-        return (rows - rows[:, :, n, None] * pivot[:, None]).at[:, n].set(pivot)
-
-    return jax.lax.fori_loop(0, size, eliminate, jnp.concatenate([systems, sides[..., None]], -1))[..., -1]
+    """The solutions of systems ``[v, n, n]``; not finite where singular."""
+    return linalg.each(
+        lambda both: jnp.linalg.solve(both[:, :-1], both[:, -1]), jnp.concatenate([systems, sides[..., None]], -1)
+    )
 
 
 def _on_simplex(points: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""LT-SFT: sparse fine-tunings of a whole model that add up, chosen as a lottery ticket."""
+"""LT-SFT's two phases: what is chosen, and training it alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.sites import flatten, matches, no_match, with_leaves
-from lowrank_jax.sparse_delta import SparseDelta, check_weight, load_delta
-from lowrank_jax.top_changes import Change, farthest
+from lowrank_jax.lt_sft.sparse_delta import check_weight
+from lowrank_jax.lt_sft.top_changes import Change, farthest
+from lowrank_jax.sites import flatten, hits, with_leaves
 
 
 class Ticket(NamedTuple):
@@ -205,10 +205,7 @@ def _roles(what: str, flat: Mapping[str, Any], whole: Sequence[str], frozen: Seq
     for name, patterns in (("whole", whole), ("frozen", frozen)):
         found[name] = set()
         for pattern in patterns:
-            hits = {path for path in flat if matches(pattern, path)}
-            if not hits:
-                raise ValueError(no_match(f"{what}: {name}={pattern!r}", pattern, flat))
-            found[name] |= hits
+            found[name] |= set(hits(f"{what}: {name}={pattern!r}", pattern, flat))
     both = sorted(found["whole"] & found["frozen"])
     if both:
         raise ValueError(f"{what}: {both[0]} is both whole and frozen; take it out of one of them.")
@@ -236,16 +233,3 @@ def _number(
             f"{what}(density={density}): expected a share in (0, 1] of {size} entries that is one at least."
         )
     return number
-
-
-__all__ = [
-    "MaskState",
-    "SparseDelta",
-    "Ticket",
-    "allowed",
-    "l1_distance",
-    "load_delta",
-    "lottery",
-    "mask_updates",
-    "top_changes",
-]

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.simplex import check_count, contract, linear_program, min_norm_weights
+from lowrank_jax.checks import check_choice
+from lowrank_jax.pareto.simplex import check_count, contract, linear_program, min_norm_weights
 from lowrank_jax.sites import flatten
 
 Mode = Literal["descent", "guide", "min_norm"]
@@ -55,8 +56,7 @@ def pareto_direction(gradients: Any, guide: Any = None, mode: Mode = "descent") 
       >>> pareto_direction(gradients, {"w": jnp.array([0.0, 1.0])}, "guide").direction["w"].tolist()
       [1.0, 1.0]
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"pareto_direction(mode={mode!r}): expected one of {', '.join(get_args(Mode))}.")
+    check_choice("pareto_direction", "mode", mode, get_args(Mode))
     if mode == "guide" and guide is None:
         raise ValueError("pareto_direction(mode='guide'): it needs guide=, the gradient to follow.")
     gram = gradient_gram(gradients)

@@ -47,7 +47,7 @@ def test_the_subspaces_are_the_dense_gradients(scan, side):
     model, params, sites = llama(scan)
     plan = lr.plan(params, {LINEAR: lr.subspace_update(rank=3, side=side)}, sites=sites)
     adapters = lr.init(jax.random.key(0), params, plan)
-    found = jax.jit(lambda p, a, t: lr.dual.subspaces(loss_of(model), p, a, t, jax.random.key(5)))(
+    found = jax.jit(lambda p, a, t: lr.dual_galore.subspaces(loss_of(model), p, a, t, jax.random.key(5)))(
         params, adapters, TOKENS
     )
     assert set(found) == set(plan.by_path)
@@ -99,7 +99,7 @@ def test_it_trains_as_the_transform_does(on_a_mesh):
     adapters = lr.init(jax.random.key(0), params, plan)
     train, _ = lr.partition(adapters)
     dual_state = dual_tx.init(train)
-    refresh = jax.jit(lr.dual.refresher(loss, power_iterations=4))
+    refresh = jax.jit(lr.dual_galore.refresher(loss, power_iterations=4))
 
     @jax.jit
     def dual_step(base, adapters, state, tokens):
@@ -127,7 +127,7 @@ def test_absorbing_leaves_the_model_what_it_is():
     adapters = lr.init(jax.random.key(0), params, plan)
     adapters = adapters.replace(sites=jax.tree.map(lambda x: x + 0.1 * kernel(*x.shape, seed=3), adapters.sites))
     expected = lr.linen.apply(model, params, adapters, TOKENS)
-    moved, rest = jax.jit(lr.dual.absorb)(params, adapters)
+    moved, rest = jax.jit(lr.dual_galore.absorb)(params, adapters)
     np.testing.assert_allclose(lr.linen.apply(model, moved, rest, TOKENS), expected, atol=1e-4)
     assert np.abs(model.apply({"params": moved}, TOKENS) - model.apply({"params": params}, TOKENS)).max() > 0.01
     flat, before = flatten(moved), flatten(params)
@@ -143,9 +143,9 @@ def test_no_dense_gradient_is_formed():
     model, params, sites = llama(True)
     plan = lr.plan(params, {LINEAR: lr.subspace_update(rank=2)}, sites=sites)
     adapters = lr.init(jax.random.key(0), params, plan)
-    jaxpr = jax.make_jaxpr(lambda p, a, t: lr.dual.subspaces(loss_of(model), p, a, t, jax.random.key(0), oversample=2))(
-        params, adapters, TOKENS
-    )
+    jaxpr = jax.make_jaxpr(
+        lambda p, a, t: lr.dual_galore.subspaces(loss_of(model), p, a, t, jax.random.key(0), oversample=2)
+    )(params, adapters, TOKENS)
     given = {tuple(v.aval.shape) for v in jaxpr.jaxpr.invars if v.aval.ndim == 3 and v.aval.size >= 1024}
     made = [v for v in _made(jaxpr.jaxpr) if tuple(getattr(v.aval, "shape", ())) in given]
     assert given and not made, {v.aval.str_short() for v in made}

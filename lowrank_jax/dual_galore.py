@@ -8,7 +8,7 @@ passes on one batch, for all weights at once, in the memory of a LoRA of rank ``
 ours, not the paper's; the subspace is the paper's.
 
     plan = lr.plan(params, {".*/(attention|mlp)/.*": lr.subspace_update(rank=128)})
-    refresh = jax.jit(lr.dual.refresher(loss), donate_argnums=(0, 1))
+    refresh = jax.jit(lr.dual_galore.refresher(loss), donate_argnums=(0, 1))
     for step, batch in enumerate(batches):
         if step % 200 == 0:
             params, adapters = refresh(params, adapters, batch, jax.random.key(step))
