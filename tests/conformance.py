@@ -52,9 +52,9 @@ def init_is_the_base(case: Case) -> None:
     start = case.apply(case.model.params, case.adapters, *case.model.args)
     assert start.dtype == base.dtype
     assert {e.method.exact_init for e in case.plan.entries} == {case.row.init_tolerance == 0}
-    assert _difference(start, base) <= case.row.init_tolerance
+    assert difference(start, base) <= case.row.init_tolerance
     moved = case.apply(case.model.params, case.moved(), *case.model.args)
-    assert np.isfinite(moved).all() and _difference(moved, base) > 1e-2
+    assert np.isfinite(moved).all() and difference(moved, base) > 1e-2
 
 
 def acts_as_its_update(case: Case) -> None:
@@ -78,7 +78,7 @@ def acts_as_its_update(case: Case) -> None:
         exact = {p: jnp.asarray(w, flatten(model.params)[p].dtype) for p, w in exact.items()}
     wide = with_leaves(model.params, {p: jnp.asarray(w, jnp.float32) for p, w in exact.items()})
     expected = model.run(wide, *model.args)
-    assert _difference(case.apply(model.params, adapters, *model.args), expected) <= TOLERANCE
+    assert difference(case.apply(model.params, adapters, *model.args), expected) <= TOLERANCE
     _assert_same_bits(before, model.params)
 
 
@@ -197,13 +197,13 @@ def folds(case: Case) -> None:
     if all(e.method.anchor is None for e in case.plan.entries) or case.layout == "bf16":
         return
     assert (
-        _difference(case.apply(params, folded, *model.args), case.apply(model.params, adapters, *model.args))
+        difference(case.apply(params, folded, *model.args), case.apply(model.params, adapters, *model.args))
         <= TOLERANCE
     )
     back, unfolded = lr.unfold(params, folded)
     assert unfolded.plan == adapters.plan and not unfolded.folded
     for path, weight in flatten(back).items():
-        assert _difference(weight, flatten(model.params)[path]) <= 1e-6
+        assert difference(weight, flatten(model.params)[path]) <= 1e-6
 
 
 def rows_are_adapters(case: Case) -> None:
@@ -218,7 +218,7 @@ def rows_are_adapters(case: Case) -> None:
     alone.append(model.run(model.params, *model.args))
     got = case.apply(model.params, lr.stack(each), *model.args, rows=rows)
     for n, row in enumerate(rows.tolist()):
-        assert _difference(got[n], alone[row][n]) <= TOLERANCE
+        assert difference(got[n], alone[row][n]) <= TOLERANCE
     _assert_same_bits(lr.take(lr.stack(each), 1), each[1])
 
 
@@ -232,7 +232,7 @@ def compacts(case: Case) -> None:
     got, expected = (
         case.model.apply(case.model.params, x, *case.model.args, **case.signals) for x in (small, adapters)
     )
-    assert _difference(got, expected) <= TOLERANCE
+    assert difference(got, expected) <= TOLERANCE
     assert from_config(case.model.params, json.loads(json.dumps(small.plan.to_config()))) == small.plan
 
 
@@ -347,7 +347,7 @@ def _layers(leaf: Any) -> tuple[int, ...]:
     return leaf.shape[:-2]
 
 
-def _difference(actual: Any, expected: Any) -> float:
+def difference(actual: Any, expected: Any) -> float:
     """Largest difference relative to the largest expected value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape

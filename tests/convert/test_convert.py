@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance_case import case_of
 from conformance_methods import METHODS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,7 +40,7 @@ def rank_of(adapters):
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
 def test_every_method_converts_or_says_why_not(row):
     """The LoRA is the update that merging adds, and what a smaller rank leaves out is what it says it leaves out."""
-    case = conformance._case(row, "linen", "mixed", "plain")
+    case = case_of(row, "linen", "mixed", "plain")
     adapters, params = case.moved(), case.model.params
     base = flatten(params)
     merged = flatten(lr.merge(params, adapters)) if case.mergeable else {}
@@ -55,7 +56,7 @@ def test_every_method_converts_or_says_why_not(row):
         path = entry.site.path
         whole, part = (_product(lr.pad(x, 99).sites[path]) for x in (converted, smaller))
         wanted = np.asarray(entry.site.canonical(merged[path] - base[path]), np.float64)
-        assert conformance._difference(whole, wanted) <= conformance.TOLERANCE
+        assert conformance.difference(whole, wanted) <= conformance.TOLERANCE
         s = np.linalg.svd(wanted, compute_uv=False)
         best = np.sqrt((s[2:] ** 2).sum() / (s**2).sum())
         assert error[path] == pytest.approx(best, abs=2e-5)  # Eckart-Young: no matrix of that rank is nearer
