@@ -25,16 +25,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowrank_jax import linalg
 from lowrank_jax.adapters import Adapters, join, partition
-from lowrank_jax.forms import LowRank
-from lowrank_jax.methods.base import Context
+from lowrank_jax.folding import add_low_rank
 from lowrank_jax.methods.subspace_update import subspace_update
 from lowrank_jax.optim.subspace import Bases, sides
 from lowrank_jax.plan import Entry
-from lowrank_jax.sites import flatten, with_leaves
 
 Loss = Callable[[Any, Adapters, Any], jax.Array]
 
@@ -54,13 +51,11 @@ def absorb(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:
       >>> params["x"]["kernel"].tolist(), float(adapters.sites["x/kernel"]["r"].sum())
       ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], 0.0)
     """
-    flat, weights, sites = flatten(params), {}, dict(adapters.sites)
+    sites = dict(adapters.sites)
     for entry in _own(adapters):
-        path, leaves = entry.site.path, adapters.sites[entry.site.path]
-        form: LowRank = entry.method.expand(entry.local, leaves, Context())  # type: ignore[assignment]
-        weights[path] = _added(entry, flat[path], *form.pair())
-        sites[path] = {**leaves, "r": jnp.zeros_like(leaves["r"])}
-    return with_leaves(params, weights), adapters.replace(sites=sites)
+        leaves = sites[entry.site.path]
+        sites[entry.site.path] = {**leaves, "r": jnp.zeros_like(leaves["r"])}
+    return add_low_rank(params, adapters, _own(adapters)), adapters.replace(sites=sites)
 
 
 def subspaces(
@@ -157,22 +152,6 @@ def _products(
             g = gradients[path]["r"]
             out[path] = jnp.swapaxes(g, -1, -2) if "p" in entry.leaves else g
     return out
-
-
-def _added(entry: Entry, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``weight`` plus ``a @ b`` at the entry's layers, one matrix after another."""
-    site = entry.site
-    matrices = site.canonical(weight).reshape(-1, site.n_in, site.n_out)
-    every = np.arange(len(matrices)).reshape(site.batch_shape)
-    rows = jnp.asarray((every if entry.layers is None else every[np.asarray(entry.layers)]).ravel())
-    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
-
-    def one(n: jax.Array, matrices: jax.Array) -> jax.Array:
-        update = jnp.matmul(a[n], b[n], precision="highest")
-        return matrices.at[rows[n]].set((matrices[rows[n]] + update).astype(matrices.dtype))
-
-    matrices = jax.lax.fori_loop(0, len(rows), one, matrices)
-    return site.original(matrices.reshape(*site.batch_shape, site.n_in, site.n_out))
 
 
 def _qr(matrices: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters import Adapters, check_params, expand, spread
-from lowrank_jax.forms import Dense, Form, UnsupportedError
+from lowrank_jax.forms import Dense, Form, LowRank, UnsupportedError
 from lowrank_jax.plan import Entry
 from lowrank_jax.sites import flatten, with_leaves
 
@@ -73,6 +73,48 @@ def merged_weight(entry: Entry, weight: jax.Array, form: Form) -> jax.Array:
     # A TPU multiplies float32 as bfloat16 unless told otherwise.
     with jax.default_matmul_precision("highest"):
         return entry.site.original(matrix.astype(jnp.float32) + form.delta(matrix)).astype(weight.dtype)
+
+
+def add_low_rank(params: Any, adapters: Adapters, entries: Sequence[Entry] | None = None) -> Any:
+    """`merge` for training loops: under jit, with ``params`` donated, in place, and one matrix of a stack at a time.
+
+    No dense update of a whole stack exists; nothing is refused for not being finite. Each weight is added to in float32 and rounded.
+
+    Args:
+      entries: of the plan, whose methods expand to `LowRank`; None: all.
+
+    Raises:
+      UnsupportedError: another form (named).
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"layer": {"kernel": jnp.eye(2)}}
+      >>> adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.lora(rank=1)}))
+      >>> add_low_rank(params, adapters)["layer"]["kernel"].tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+    flat, forms, new = flatten(params), expand(adapters), {}
+    for entry in adapters.plan.entries if entries is None else entries:
+        path = entry.site.path
+        form = forms[path]
+        if not isinstance(form, LowRank):
+            raise UnsupportedError(f"{path}: {entry.method.name} is no low-rank update; expected LowRank. Use merge.")
+        new[path] = _with_products(entry, flat[path], *form.pair())
+    return with_leaves(params, new)
+
+
+def _with_products(entry: Entry, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``weight`` plus ``a @ b``, one matrix after another."""
+    site = entry.site
+    matrices = site.canonical(weight).reshape(-1, site.n_in, site.n_out)
+    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+
+    def one(n: jax.Array, matrices: jax.Array) -> jax.Array:
+        update = jnp.matmul(a[n], b[n], precision="highest")
+        return matrices.at[n].set((matrices[n] + update).astype(matrices.dtype))
+
+    matrices = jax.lax.fori_loop(0, len(matrices), one, matrices)
+    return site.original(matrices.reshape(*site.batch_shape, site.n_in, site.n_out))
 
 
 def fold(params: Any, adapters: Adapters) -> tuple[Any, Adapters]:

@@ -157,37 +157,34 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ConfigError that names the first field with a value that makes no sense."""
     choices = {"task": TASKS, "decay": ("cosine", "linear", "constant")}
     for name, allowed in choices.items():
-        _require(config[name] in allowed, name, config[name], f"one of {', '.join(allowed)}")
+        require(config[name] in allowed, name, config[name], f"one of {', '.join(allowed)}")
     for name in ("dtype", "param_dtype"):
-        _require(config.model[name] in DTYPES, f"model.{name}", config.model[name], f"one of {', '.join(DTYPES)}")
-    _require((config.steps > 0) != (config.epochs > 0), "steps", config.steps, "either steps or epochs above 0")
+        require(config.model[name] in DTYPES, f"model.{name}", config.model[name], f"one of {', '.join(DTYPES)}")
+    require((config.steps > 0) != (config.epochs > 0), "steps", config.steps, "either steps or epochs above 0")
     for name in ("batch_size", "accumulate", "eval_batch_size", "log_every", "keep"):
-        _require(config[name] >= 1, name, config[name], "at least 1")
+        require(config[name] >= 1, name, config[name], "at least 1")
     for name in ("eval_every", "checkpoint_every", "patience", "generate", "weight_decay", "clip"):
-        _require(config[name] >= 0, name, config[name], "at least 0")
-    _require(config.learning_rate > 0, "learning_rate", config.learning_rate, "above 0")
-    _require(0 <= config.warmup < 1, "warmup", config.warmup, "a share of the run in [0, 1)")
-    _require(
-        config.batch_size % config.accumulate == 0,
-        "accumulate",
-        config.accumulate,
-        f"a divisor of batch_size={config.batch_size}",
-    )
-    _require(config.statistics.batches >= 1, "statistics.batches", config.statistics.batches, "at least 1")
-    rows = config.batch_size // config.accumulate
-    shards = config.mesh.data * config.mesh.fsdp
-    _require(min(config.mesh.values()) >= 1, "mesh", config.mesh.to_dict(), "sizes of at least 1")
-    _require(
-        rows % shards == 0,
-        "batch_size",
-        config.batch_size,
-        f"a multiple of accumulate x mesh.data x mesh.fsdp = {shards * config.accumulate}",
-    )
-    _require(config.eval_batch_size % shards == 0, "eval_batch_size", config.eval_batch_size, f"a multiple of {shards}")
-    _require(
+        require(config[name] >= 0, name, config[name], "at least 0")
+    require(config.learning_rate > 0, "learning_rate", config.learning_rate, "above 0")
+    require(0 <= config.warmup < 1, "warmup", config.warmup, "a share of the run in [0, 1)")
+    require(config.statistics.batches >= 1, "statistics.batches", config.statistics.batches, "at least 1")
+    check_mesh(config)
+    require(
         not config.generate or config.task == "causal_lm", "generate", config.generate, "0 unless task is causal_lm"
     )
     plan_rules(config)
+
+
+def check_mesh(config: ml_collections.ConfigDict) -> None:
+    """Raises a ConfigError unless the rows of a batch can be dealt out to microbatches and devices."""
+    rows, shards = config.batch_size // config.accumulate, config.mesh.data * config.mesh.fsdp
+    require(
+        config.batch_size % config.accumulate == 0, "accumulate", config.accumulate, f"a divisor of batch_size={config.batch_size}"
+    )  # fmt: skip
+    require(min(config.mesh.values()) >= 1, "mesh", config.mesh.to_dict(), "sizes of at least 1")
+    needed = f"a multiple of accumulate x mesh.data x mesh.fsdp = {shards * config.accumulate}"
+    require(rows % shards == 0, "batch_size", config.batch_size, needed)
+    require(config.eval_batch_size % shards == 0, "eval_batch_size", config.eval_batch_size, f"a multiple of {shards}")
 
 
 def workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -227,6 +224,7 @@ def _method(name: str, fields: Mapping[str, Any], where: str) -> lr.Method:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _require(fits: bool, field: str, value: Any, expected: str) -> None:
+def require(fits: bool, field: str, value: Any, expected: str) -> None:
+    """Raises a ConfigError that names the field, its value and what was expected, unless it fits."""
     if not fits:
         raise ConfigError(f"config.{field}={value!r}: expected {expected}.")

@@ -143,10 +143,10 @@ class _Session:
             bar.advance(place.step)
             last = place.step == total
             evaluating, saving = (
-                _due(place.step, config.eval_every, last),
-                _due(place.step, config.checkpoint_every, last),
+                due(place.step, config.eval_every, last),
+                due(place.step, config.checkpoint_every, last),
             )
-            if _due(place.step, config.log_every, last):
+            if due(place.step, config.log_every, last):
                 self._check()
                 seconds = time.perf_counter() - began
                 self._report(bar, units / seconds)
@@ -220,7 +220,8 @@ class _Session:
         return self.place.best_step, self.checkpoints.restore(adapters, step=self.place.best_step).adapters
 
 
-def _due(step: int, every: int, last: bool) -> bool:
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every so many steps (0: at the end only) happens now."""
     return last or (every > 0 and step % every == 0)
 
 

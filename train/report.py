@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowrank_jax.files import write_file
@@ -19,33 +20,40 @@ if TYPE_CHECKING:
 
 def write(job: Job, result: Result) -> None:
     """Writes ``result.json`` and ``curves.png`` into the run's directory and prints the table."""
-    from rich.console import Console
-
     plain = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(result).items()}
     write_file(result.workdir / "result.json", [(json.dumps(plain, indent=1, sort_keys=True) + "\n").encode()])
     picture = plot(metrics_log.read(result.workdir / "metrics.jsonl"), result.workdir / "curves.png", job.config.name)
-    Console().print(table(job, result, picture))
+    show(job.config.name, rows(job, result, picture))
 
 
-def table(job: Job, result: Result, picture: pathlib.Path) -> Any:
-    """The final table, for rich."""
+def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Prints a run's table."""
+    from rich.console import Console
     from rich.table import Table
 
-    out = Table("", "value", title=job.config.name, title_justify="left", show_header=False)
+    out = Table("", "value", title=title, title_justify="left", show_header=False)
+    for row in rows:
+        out.add_row(*row)
+    Console().print(out)
+
+
+def rows(job: Job, result: Result, picture: pathlib.Path) -> list[tuple[str, str]]:
+    """The rows of the final table."""
+    out = []
     for split, scores in (("", result.scores), ("test ", result.test)):
         for name, value in scores.items():
-            out.add_row(f"{split}{name}", f"{value:.4f}")
+            out.append((f"{split}{name}", f"{value:.4f}"))
     share = result.trainable / max(job.plan.base_count, 1)
-    out.add_row("trained parameters at the start", f"{result.trainable:,} ({share:.2%} of {job.plan.base_count:,})")
-    out.add_row("trained parameters at the end", f"{result.trainable_end:,}")
-    out.add_row(
-        "peak memory of an update", human_bytes(result.peak_bytes) if result.peak_bytes else "no update was made"
-    )
-    out.add_row("time", f"{int(result.seconds) // 60} min {int(result.seconds) % 60} s")
-    out.add_row("kept", f"step {result.step} of {result.steps}")
-    out.add_row("adapter", f"{_near(result.adapter)} ({human_bytes(result.adapter_bytes)})")
-    out.add_row("curves", str(_near(picture)))
-    return out
+    return [
+        *out,
+        ("trained parameters at the start", f"{result.trainable:,} ({share:.2%} of {job.plan.base_count:,})"),
+        ("trained parameters at the end", f"{result.trainable_end:,}"),
+        ("peak memory of an update", human_bytes(result.peak_bytes) if result.peak_bytes else "no update was made"),
+        ("time", f"{int(result.seconds) // 60} min {int(result.seconds) % 60} s"),
+        ("kept", f"step {result.step} of {result.steps}"),
+        ("adapter", f"{near(result.adapter)} ({human_bytes(result.adapter_bytes)})"),
+        ("curves", str(near(picture))),
+    ]
 
 
 def plot(rows: list[dict[str, Any]], file: pathlib.Path, title: str) -> pathlib.Path:
@@ -79,5 +87,6 @@ def plot(rows: list[dict[str, Any]], file: pathlib.Path, title: str) -> pathlib.
     return file
 
 
-def _near(path: pathlib.Path) -> pathlib.Path:
+def near(path: pathlib.Path) -> pathlib.Path:
+    """The path as seen from here, where it lies below."""
     return path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path

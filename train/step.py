@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 import lowrank_jax as lr
-from train import sharding
+from train import gradients, sharding
 from train.job import Job
 from train.tasks import Task
 
@@ -81,37 +81,17 @@ def make_update(
 ) -> Callable[[State, lr.Adapters, Any, Any], State]:
     """``(state, frozen, params, batch) -> state``, to be jitted. Base and frozen leaves are arguments, not constants."""
     key = jax.random.key(config.seed)
-    accumulate = config.accumulate
-
-    def loss_sum(
-        train: Any, frozen: lr.Adapters, params: Any, batch: Any, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        adapters = lr.join(train, frozen)
-        apply = lr.linen.adapted(model, adapters)
-        total, weight = task.loss(task.logits(apply, {"params": params}, batch, {"dropout": rng}), batch)
-        # The sum is divided by the weight later; the penalty is not a mean over examples.
-        return total + weight * lr.penalty(params, adapters, rng), (total, weight)
-
-    differentiate = jax.value_and_grad(loss_sum, has_aux=True)
 
     def update(state: State, frozen: lr.Adapters, params: Any, batch: Any) -> State:
+        def loss_sum(train: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            adapters = lr.join(train, frozen)
+            apply = lr.linen.adapted(model, adapters)
+            total, weight = task.loss(task.logits(apply, {"params": params}, batch, {"dropout": rng}), batch)
+            # The sum is divided by the weight later; the penalty is not a mean over examples.
+            return total + weight * lr.penalty(params, adapters, rng), (total, weight)
+
         rng = jax.random.fold_in(key, state.step)
-        if accumulate == 1:
-            (_, (total, weight)), grads = differentiate(state.train, frozen, params, batch, rng)
-        else:
-            # Row i goes to microbatch i % accumulate, so that rows dealt out over a mesh stay where they are.
-            parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
-
-            def one(sums: Any, part: Any) -> tuple[Any, None]:
-                (_, (total, weight)), grads = differentiate(
-                    state.train, frozen, params, part[0], jax.random.fold_in(rng, part[1])
-                )
-                return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
-
-            zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.train))
-            (total, weight, grads), _ = jax.lax.scan(one, zeros, (parts, jnp.arange(accumulate)))
-        # Losses are summed, then divided once: microbatches with few learned tokens weigh what they hold.
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0).astype(g.dtype), grads)
+        total, weight, grads = gradients.of_mean(loss_sum, state.train, batch, rng, config.accumulate)
         updates, optimizer = tx.update(grads, state.optimizer, state.train)
         train = optax.apply_updates(state.train, updates)
         ok = state.ok & jnp.isfinite(total) & jnp.isfinite(optax.global_norm(grads))

@@ -118,6 +118,18 @@ def _pieces(lines: Iterator[str]) -> Iterator[Record]:
         yield {"text": piece, "last": True}
 
 
+def _articles(root: pathlib.Path) -> Files:
+    """Every twentieth article is for validation, the one before it for testing."""
+    splits: Files = {"train": [], "validation": [], "test": []}
+    for number, path in enumerate(sorted(root.rglob("*.txt"))):
+        splits[{0: "validation", 19: "test"}.get(number % 20, "train")].append(path)
+    return splits
+
+
+def _article(path: pathlib.Path) -> Iterator[Record]:
+    return _pieces(iter(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)))
+
+
 SOURCES: dict[str, Source] = {
     "gsm8k": Source(
         "causal_lm",
@@ -172,5 +184,8 @@ SOURCES: dict[str, Source] = {
         "a .txt file (its last tenth is held out), train.txt and validation.txt, or any .txt files",
         None,
         "running text",
+    ),
+    "bbc_text": Source(
+        "causal_lm", "running", (), _articles, per_split(_article), "", "bbc", "2,225 BBC News articles as running text"
     ),
 }

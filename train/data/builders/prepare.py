@@ -92,7 +92,8 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
     """Returns one split of a data set, preparing it at the first call.
 
     Args:
-        name: a key of SOURCES.
+        name: a key of SOURCES, or 'tfds:' and the name of any builder of tensorflow-datasets that has texts, such as
+            'tfds:tiny_shakespeare': its first text feature (or the one called 'text') is read as running text.
         split: 'train', 'validation' or 'test'; what there is depends on the source.
         directory: the folder (for 'text' also a file) with the source's files; None where an asset provides
             them, or to have tensorflow-datasets fetch them (GLUE, GSM8K, E2E).
@@ -100,10 +101,13 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
         DataError: an unknown name or split, missing or malformed files, no network to fetch them over.
         lowrank_jax.assets.AssetError: the asset cannot be fetched.
     """
+    if name.startswith(published.PREFIX):
+        records, mark = published.running_text(name.removeprefix(published.PREFIX), split)
+        return Prepared(SOURCES["text"], records, (), mark)
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, 1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"no data set is called {name!r}.{hint} There are {', '.join(SOURCES)}.")
+        raise DataError(f"no data set is called {name!r}.{hint} There are {', '.join(SOURCES)}, and {published.PREFIX}NAME.")
     source = SOURCES[name]
     if directory is None and source.published is not None:
         return _published(name, source, source.published, split)

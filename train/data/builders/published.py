@@ -17,6 +17,8 @@ from lowrank_jax import assets
 from train.data.builders.source import DataError, Published, Record
 
 _TIMEOUT = 15.0  # seconds
+PREFIX = "tfds:"
+_HOST = "https://storage.googleapis.com"  # asked first whether there is a network
 
 
 class View(Sequence[Record]):
@@ -59,6 +61,35 @@ def fetch(published: Published, split: str, labels: tuple[str, ...]) -> tuple[Vi
     return View(examples, published.record), builder.info.full_name
 
 
+def running_text(name: str, split: str) -> tuple[View, str]:
+    """Texts of any data set of tensorflow-datasets as running text, downloading and preparing it at the first call.
+
+    Args:
+        name: of a builder, with its configuration where it has several ('wiki40b/en'). split: of the builder.
+    Returns:
+        records with `text` and `last`, and a fingerprint.
+    Raises:
+        DataError: no such builder, no texts in it, no such split, or it could not be fetched.
+    """
+    importlib.import_module("tensorflow_datasets.text")  # its builders are known by name only once this is imported
+    try:
+        with quiet():
+            builder = tfds.builder(name, data_dir=str(assets.cache_dir() / "tfds"), file_format="array_record")
+    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+        raise DataError(f"tensorflow-datasets has no builder {name!r} ({str(error).splitlines()[0]}).") from error
+    features = builder.info.features or {}
+    texts = [field for field, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    if not texts:
+        raise DataError(f"{PREFIX}{name} has no text feature; it has {', '.join(features) or 'no features'}.")
+    field = "text" if "text" in texts else texts[0]
+    if not builder.is_prepared():
+        _download(Published("", name, {}, dict, _HOST if builder.url_infos else ""), builder)
+    if split not in builder.info.splits:
+        raise DataError(f"{PREFIX}{name} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}.")
+    examples = builder.as_data_source(split=split)
+    return View(examples, lambda example: {"text": example[field], "last": True}), f"{builder.info.full_name}:{field}"
+
+
 def make_builder(published: Published) -> tfds.core.DatasetBuilder:
     """The builder, with its files in the cache of this project."""
     importlib.import_module(published.module)
@@ -79,7 +110,8 @@ def quiet() -> Iterator[None]:
 
 def _download(published: Published, builder: tfds.core.DatasetBuilder) -> None:
     try:
-        _reach(published.host)
+        if published.host:
+            _reach(published.host)
         builder.download_and_prepare()
     except (OSError, tfds.download.DownloadError, NonMatchingChecksumError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())

@@ -30,7 +30,7 @@ class Published(NamedTuple):
         name: of the builder, such as 'glue/sst2'.
         splits: our name of a split -> theirs.
         record: their example -> ours; a label stays the number it is.
-        host: where its files come from.
+        host: where its files come from; '' where nothing is downloaded.
     """
 
     module: str
