@@ -38,10 +38,12 @@ class Recipe(NamedTuple):
 RECIPES = {
     "adamw": Recipe(4e-3, 1e-3, "adamw"),
     "adamw_8bit": Recipe(4e-3, 1e-3, "adamw_8bit"),
+    "adamw_scaled": Recipe(2e-2, 1e-2, "adamw", {"scale": 0.25}),  # GaLore's rates without its subspaces
     "galore": Recipe(2e-2, 1e-2, "galore", {}, True),
     "galore_8bit": Recipe(2e-2, 1e-2, "galore", {"bits8": True}, True),
     "dual_galore": Recipe(2e-2, 1e-2, "dual_galore", {}, True),
     "frugal": Recipe(4e-3, 1e-3, "frugal"),
+    "frugal_scaled": Recipe(2e-2, 1e-2, "frugal", {"scale": 0.25}),
     "lisa": Recipe(4e-3, 1e-3, "lisa"),
     "sltrain": Recipe(8e-3, 3e-3, "sltrain", {}, True),
     "lora": Recipe(8e-3, 3e-3, "lora", {}, True),
@@ -80,7 +82,7 @@ def _small(config: ml_collections.ConfigDict) -> None:
     config.model.hidden_size, config.model.intermediate_size, config.model.layers, config.model.heads = 128, 344, 4, 4
     config.tokenizer.vocab_size = 2048
     config.data.max_length, config.data.eval_limit = 128, 40
-    config.batch_size, config.eval_batch_size, config.steps = 16, 32, 400
+    config.batch_size, config.eval_batch_size, config.steps = 8, 32, 400
     config.eval_every, config.checkpoint_every = 100, 100
     if "refresh_every" in config.method:
         config.method.refresh_every = 50

@@ -5,15 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_layer import PATH, kernel, params_of
 
 import lowrank_jax as lr
+from lowrank_jax.folding import add_low_rank
 from lowrank_jax.forms import UnsupportedError
 
 PARAMS = {"one": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((16, 12)), jnp.float32)}}
 
 
-def moved(method, params=PARAMS, amount=0.05):
-    adapters = lr.init(jax.random.key(0), params, lr.plan(params, {".*": method}))
+def moved(method, params=PARAMS, amount=0.05, pattern=".*"):
+    adapters = lr.init(jax.random.key(0), params, lr.plan(params, {pattern: method}))
     return jax.tree.map(
         lambda x: x + amount * jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), x.dtype), adapters
     )
@@ -117,3 +119,22 @@ def test_full_on_some_layers_leaves_the_others_alone():
     moved = jax.tree.map(lambda x: x + 1, adapters)
     change = np.asarray(lr.merge(params, moved)["layers"]["kernel"] - params["layers"]["kernel"])
     assert (change[1] == 1).all() and not change[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [lr.lora(4, 12), lr.subspace_update(4), lr.on_layers(lr.lora(2, 7), [1])],
+    ids=("lora", "subspace", "layers"),
+)
+def test_adding_in_a_training_loop_is_merging(method):
+    params = params_of(kernel(3, 16, 12))
+    adapters = moved(method, params, pattern=PATH)
+    added = jax.jit(add_low_rank)(params, adapters)
+    np.testing.assert_allclose(
+        added["layer"]["kernel"], lr.merge(params, adapters)["layer"]["kernel"], rtol=0, atol=2e-6
+    )
+
+
+def test_adding_refuses_what_is_no_low_rank_product():
+    with pytest.raises(UnsupportedError, match="one/kernel: dora is no low-rank update; expected LowRank"):
+        add_low_rank(PARAMS, moved(lr.dora(2)))

@@ -1,4 +1,4 @@
-"""Continues a prompt with an adapter: python -m train.generate --adapter=runs/x/adapter --prompt="..." [--chat]"""
+"""Continues a prompt: python -m train.generate --adapter=runs/x/adapter --prompt="..." [--chat], or --model=runs/pretrain_x/model"""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from absl import flags
 from train import cli
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "The directory of an adapter that train.finetune wrote.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "A causal language model without an adapter: an asset, directory, GGUF file or name on the hub."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "What to continue.")
 _CHAT = flags.DEFINE_bool("chat", None, "Use the model's chat template; by default as in training.")
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "The most to add.", lower_bound=1)
@@ -27,35 +30,54 @@ def main() -> None:
 
     if not _PROMPT.value:
         raise ValueError("--prompt is missing.")
+    if _MODEL.value:
+        if _ADAPTER.value:
+            raise ValueError("--model and --adapter: expected one of them; an adapter knows its model.")
+        model = saved.plain_model(_MODEL.value)
+        tokens = prompted(model, _PROMPT.value, True) if _CHAT.value else model.tokenizer.encode(_PROMPT.value)
+        _write(continuation(model, model.params, tokens))
+        return
     config = saved.config(_ADAPTER.value)
     if config.task != "causal_lm":
         raise ValueError(f"{_ADAPTER.value} is for {config.task}; only a causal_lm generates text.")
     model, adapters = saved.load_model(_ADAPTER.value, config)
     params = model.params if _BASE.value else lr.merge(model.params, adapters)
     chat = config.data.chat if _CHAT.value is None else _CHAT.value
-    for piece in continuation(model, params, _PROMPT.value, chat):
+    _write(continuation(model, params, prompted(model, _PROMPT.value, chat)))
+
+
+def _write(pieces: Iterator[str]) -> None:
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def continuation(model: Any, params: Any, prompt: str, chat: bool) -> Iterator[str]:
+def prompted(model: Any, prompt: str, chat: bool) -> Any:
+    """The tokens of a prompt as training encodes it: what comes before the first token that is learned.
+
+    Args:
+      model: a `train.job.Model`. chat: put the prompt into the model's chat template.
+    """
+    from train.data import encode
+
+    example = encode.prompted(model.tokenizer, chat)([{"prompt": prompt, "completion": ""}])[0]
+    return example.ids[: int(example.marks.argmax())]
+
+
+def continuation(model: Any, params: Any, tokens: Any) -> Iterator[str]:
     """Pieces of text as they are made; the flags say how.
 
     Args:
-      model: a `train.job.Model`. params: its parameters, merged. chat: put the prompt into the model's chat template.
+      model: a `train.job.Model`. params: its parameters, merged. tokens: of the prompt, int [n].
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from lowrank_jax import models
-    from train.data import encode
 
     tokenizer = model.tokenizer
-    # Encoded as training does, with nothing to learn: what comes before the first learned token is the prompt.
-    example = encode.prompted(tokenizer, chat)([{"prompt": prompt, "completion": ""}])[0]
-    tokens = example.ids[: int(example.marks.argmax())]
     ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     made: list[int] = []
     shown = ""

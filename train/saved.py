@@ -40,3 +40,10 @@ def load_model(directory: str | None, config: ml_collections.ConfigDict) -> tupl
     """As `load` for a causal_lm, without any data."""
     model = jobs.load_model(config)
     return model, load_adapter(directory or "", model.params, model.base)
+
+
+def plain_model(source: str) -> jobs.Model:
+    """A causal language model without an adapter, such as train.pretrain wrote."""
+    config = configs.base()
+    config.task, config.model.source = "causal_lm", source
+    return jobs.load_model(config)

@@ -20,9 +20,18 @@ from lowrank_jax.models.generate import generate, stream
 from lowrank_jax.models.hf import CheckpointError, Loaded, load
 from lowrank_jax.models.hf_save import save
 from lowrank_jax.models.llama import Llama, init_cache
+from lowrank_jax.models.llama_parts import join_layers, llama_parts, split_layers
+from lowrank_jax.models.llama_sizes import GALORE_RANKS, galore_paper
+from lowrank_jax.models.tokenizer_training import train_tokenizer
 from lowrank_jax.models.trees import build, logical_axes, param_shapes, stack_layers, unstack_layers
 
 __all__ = [
+    "GALORE_RANKS",
+    "galore_paper",
+    "join_layers",
+    "llama_parts",
+    "split_layers",
+    "train_tokenizer",
     "Bert",
     "BertConfig",
     "CheckpointError",

@@ -8,6 +8,7 @@ from lowrank_jax.optim.frugal import frugal
 from lowrank_jax.optim.galore import galore
 from lowrank_jax.optim.grow_triplets import grow_triplets
 from lowrank_jax.optim.layer_sampling import Layers, lisa
+from lowrank_jax.optim.layerwise import ModelParts, layerwise_update
 from lowrank_jax.optim.phases import carry_state, with_methods
 from lowrank_jax.optim.precision import adaptive_precision
 from lowrank_jax.optim.precision_state import mean_word_length, quantise_params, sparsity_penalty
@@ -24,6 +25,7 @@ __all__ = [
     "quantise_params",
     "sparsity_penalty",
     "Layers",
+    "ModelParts",
     "carry_state",
     "cubic_budget",
     "freeze_rows",
@@ -32,6 +34,7 @@ __all__ = [
     "galore",
     "grow_triplets",
     "keep_best",
+    "layerwise_update",
     "lisa",
     "prune_triplets",
     "reselect_entries",

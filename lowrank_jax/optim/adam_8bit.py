@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,19 +58,47 @@ def scale_by_adam_8bit(
         old = dequantise_blockwise(stored) if isinstance(stored, Quantised) else stored
         return decay * old + (1 - decay) * value
 
+    def one(g: jax.Array, mu: Any, nu: Any, count: jax.Array) -> tuple[jax.Array, Any, Any]:
+        wide = g.astype(jnp.float32)
+        m, v = moment(mu, wide, b1), moment(nu, wide**2, b2)
+        step = (m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)).astype(g.dtype)
+        if not isinstance(mu, Quantised):
+            return step, m, v
+        return step, quantise_blockwise(m, True, block), quantise_blockwise(v, False, block)
+
     def update(updates: Any, state: ScaleByAdam8bitState, params: Any = None) -> tuple[Any, ScaleByAdam8bitState]:
         count = optax.safe_increment(state.count)
         treedef: Any
         leaves, treedef = jax.tree.flatten(updates)
-        steps, mus, nus = [], [], []
-        for g, mu, nu in zip(leaves, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True):
-            wide = g.astype(jnp.float32)
-            m, v = moment(mu, wide, b1), moment(nu, wide**2, b2)
-            steps.append((m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)).astype(g.dtype))
-            large = isinstance(mu, Quantised)
-            mus.append(quantise_blockwise(m, True, block) if large else m)
-            nus.append(quantise_blockwise(v, False, block) if large else v)
+        moments = zip(treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True)
+        done = [in_slices(one, g, mu, nu, count) for g, (mu, nu) in zip(leaves, moments, strict=True)]
+        steps, mus, nus = zip(*done, strict=True) if done else ((), (), ())
         new = ScaleByAdam8bitState(count, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(steps), new
 
     return optax.GradientTransformation(init, update)
+
+
+def in_slices(
+    one: Callable[..., tuple[jax.Array, Any, Any]], g: jax.Array, mu: Any, nu: Any, count: jax.Array
+) -> tuple[jax.Array, Any, Any]:
+    """``one(g, mu, nu, count)``, for a stack of matrices one after another and in place: decoded moments of a whole stack never exist."""
+    number = g.shape[0] if g.ndim > 2 else 1
+    if number == 1 or not isinstance(mu, Quantised) or len(mu.codes) % number or g.size % mu.codes.size:
+        return one(g, mu, nu, count)
+    blocks = len(mu.codes) // number
+
+    def cut(q: Quantised, n: jax.Array) -> Quantised:
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, n * blocks, blocks)  # noqa: E731
+        return Quantised(part(q.codes), part(q.largest), g.shape[1:], q.signed)
+
+    def put(q: Quantised, new: Quantised, n: jax.Array) -> Quantised:
+        laid = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, n * blocks, 0)  # noqa: E731
+        return Quantised(laid(q.codes, new.codes), laid(q.largest, new.largest), q.shape, q.signed)
+
+    def slice_(n: jax.Array, carry: Any) -> Any:
+        g, mu, nu = carry
+        step, m, v = one(jax.lax.dynamic_index_in_dim(g, n, keepdims=False), cut(mu, n), cut(nu, n), count)
+        return jax.lax.dynamic_update_index_in_dim(g, step, n, 0), put(mu, m, n), put(nu, v, n)
+
+    return jax.lax.fori_loop(0, number, slice_, (g, mu, nu))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,6 +48,7 @@ class Layers:
     def __init__(self, params: Any, sites: Mapping[str, Site] | None = None):
         flat = flatten(params)
         self._stacked = {path: site.scanned[0] for path, site in (sites or {}).items() if site.scanned and path in flat}
+        self._stacked |= _beside(self._stacked, flat)
         self._numbered: dict[str, dict[int, str]] = {}
         for path in flat:
             found = LAYER_NUMBER.search(path)
@@ -89,6 +91,16 @@ class Layers:
 
     def _stack(self, flat: Mapping[str, Any], paths: Mapping[int, str]) -> jax.Array:
         return jnp.stack([flat[paths[n]] for n in range(self.number)])
+
+
+def _beside(stacked: Mapping[str, int], flat: Mapping[str, Any]) -> dict[str, int]:
+    """Norms and other parameters that lie in the same stack as the weights, though nothing multiplies by them as a matrix."""
+    if not stacked:
+        return {}
+    stack = "/".join(os.path.commonprefix([path.split("/")[:-1] for path in stacked]))
+    depths = {(flat[path].shape[axis],) for path, axis in stacked.items()}
+    beside = [path for path in flat if stack and path.startswith(f"{stack}/") and path not in stacked]
+    return {path: 0 for path in beside if flat[path].shape[:1] in depths}
 
 
 def lisa(

@@ -50,6 +50,40 @@ def test_nearest_codes_are_taken_and_blocks_are_on_their_own():
     np.testing.assert_allclose(got, nearest, atol=1e-6)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_is_the_nearest_and_decodes_to_its_value(signed):
+    """Against a search in the codebook, in float64; a number within a float's rounding of a middle may go either way."""
+    book = codebook(signed).astype(np.float64)
+    decoded = dequantise_blockwise(Quantised(jnp.arange(256, dtype=jnp.uint8)[None], jnp.ones(1), (256,), signed))
+    np.testing.assert_allclose(decoded, book, rtol=3e-7)
+    random = np.random.default_rng(2)
+    x = (random.uniform(-1 if signed else 0, 1, 2**18) * 10 ** random.uniform(-9, 0, 2**18)).astype(np.float32)
+    x[::256] = 1.0  # the scale of every block
+    codes = np.ravel(quantise_blockwise(jnp.asarray(x), signed).codes)
+    middles = (book[1:] + book[:-1]) / 2
+    wrong = codes != np.searchsorted(middles, x.astype(np.float64))
+    assert (np.abs(x[wrong, None] / middles - 1).min(-1, initial=1) < 1e-5).all() and wrong.mean() < 1e-4
+
+
+def test_a_stack_is_updated_slice_by_slice_as_a_whole_would_be():
+    """And decoded moments of the whole stack do not exist."""
+    stack = jax.random.normal(jax.random.key(0), (16, 64, 128))
+    tx = scale_by_adam_8bit()
+    states = tx.init({"w": stack}), [tx.init({"w": x}) for x in stack]
+    for seed in range(3):
+        g = jax.random.normal(jax.random.key(seed), stack.shape)
+        whole, first = jax.jit(tx.update)({"w": g}, states[0])
+        parts = [jax.jit(tx.update)({"w": x}, s) for x, s in zip(g, states[1], strict=True)]
+        states = first, [s for _, s in parts]
+        np.testing.assert_allclose(whole["w"], jnp.stack([u["w"] for u, _ in parts]), rtol=2e-5, atol=1e-6)
+    temporary = []
+    for x in (stack, stack.reshape(-1, 128)):
+        arguments = {"w": x}, tx.init({"w": x})
+        compiled = jax.jit(tx.update, donate_argnums=(0, 1)).lower(*arguments).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[0] < 0.7 * temporary[1]
+
+
 def test_training_is_close_to_adams():
     random = np.random.default_rng(0)
     target = jnp.asarray(random.standard_normal((96, 64)), jnp.float32)

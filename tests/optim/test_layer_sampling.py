@@ -52,6 +52,16 @@ def moved(before, after):
     return set(np.flatnonzero(np.any([(a != b).reshape(DEPTH, -1).any(1) for a, b in pairs], 0)).tolist())
 
 
+def test_norms_of_a_scanned_stack_belong_to_its_layers():
+    """No site says that they are stacked: nothing multiplies by them as a matrix."""
+    config = lr.models.LlamaConfig.tiny(scan_layers=True, num_hidden_layers=3)
+    shapes = lr.models.param_shapes(config)
+    sites = lr.linen.sites(lr.models.build(config), shapes, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+    inside = Layers(shapes, sites).paths()
+    assert inside == {path for path in lr.sites(shapes) if path.startswith("layers/")}
+    assert "layers/input_norm/scale" in inside and "norm/scale" not in inside
+
+
 @pytest.mark.parametrize("policy", ["reset", "keep"])
 @pytest.mark.parametrize("name", MODELS)
 def test_only_the_layers_drawn_move_and_everything_outside_does(name, policy):

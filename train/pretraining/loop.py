@@ -35,7 +35,7 @@ class Result:
       loss: of the validation split, nats a token; perplexity: its exponential. steps, tokens: updates made, and tokens learned.
       parameters: of the model. trained: numbers that are updated. optimizer_bytes: of the optimizer's state; stored_bytes: of weights,
         adapters and that state together. peak_bytes: what the compiled update needs on a device; refresh_peak_bytes: the refresh, 0
-        without one. seconds: of training, over all sessions. tokens_per_second: of the last session, compilation left out.
+        without one. seconds: of training, over all sessions. tokens_per_second: between the last two reports.
       model: the directory of the trained model, in Hugging Face's layout. workdir: where everything is.
     """
 
@@ -69,9 +69,9 @@ def train(job: Run) -> Result:
     """`run` on a loaded job."""
     directory = configs.workdir(job.config)
     directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / "config.json", [(configs.to_json(job.config) + "\n").encode()])
     with Store(directory / "checkpoints", job.config.keep) as store:
         session = _Session(job, directory, store)
+        write_file(directory / "config.json", [(configs.to_json(job.config) + "\n").encode()])
         with Bar(job.config.steps, session.step, "tokens") as bar:
             session.train(bar)
         store.wait()
@@ -90,6 +90,7 @@ class _Session:
         self.batches = job.train.iterator(position)
         self.log = MetricsLog(directory, self.step)
         self.rate, self.loss, self.peak, self.refresh_peak = 0.0, math.nan, 0, 0
+        self._units, self._began = 0, 0.0
         self._evaluate = jax.jit(make_evaluate(job))
         self._compiled: dict[str, Any] = {}
 
@@ -118,41 +119,37 @@ class _Session:
         config, learner, total, step = self.job.config, self.job.learner, self.job.config.steps, self.step
         if step:
             bar.say(f"going on from step {step} of {total}")
-        began, units, idle = time.perf_counter(), 0, 0.0
+        self._began = time.perf_counter()
         while step < total:
             batch = next(self.batches)
             inputs = sharding.put_batch({name: batch[name] for name in _KEYS}, self.job.mesh)
-            before = time.perf_counter()
             if learner.refresh is not None and step % learner.every == 0 and (step or learner.first):
                 self.state, self.fixed = self._refreshing(bar, inputs)(self.state, self.fixed, inputs)
-            update = self._updating(bar, inputs)
-            idle += self._waited(before)
-            self.state = update(self.state, self.fixed, inputs)
-            step, units = step + 1, units + int(batch["loss_mask"][:, 1:].sum())
+            self.state = self._updating(bar, inputs)(self.state, self.fixed, inputs)
+            step, self._units = step + 1, self._units + int(batch["loss_mask"][:, 1:].sum())
             bar.advance(step)
             last = step == total
             if due(step, config.log_every, last):
                 self._check()
-                elapsed = time.perf_counter() - began
-                self.rate = units / max(elapsed - idle, 1e-9)
+                self.rate = self._lap()
                 self._report(bar, step)
-                self.tokens, self.seconds = self.tokens + units, self.seconds + elapsed
-                began, units, idle = time.perf_counter(), 0, 0.0
-            if due(step, config.eval_every, last):
+            evaluating, saving = due(step, config.eval_every, last), due(step, config.checkpoint_every, last)
+            if evaluating or saving:
                 self._check()
-                self._validate(bar, step)
-            if due(step, config.checkpoint_every, last):
-                self._check()
-                elapsed = time.perf_counter() - began
-                self.tokens, self.seconds = self.tokens + units, self.seconds + elapsed
-                began, units, idle = time.perf_counter(), 0, 0.0
-                self._save(step)
+                if evaluating:
+                    self._validate(bar, step)
+                self._lap()
+                if saving:
+                    self._save(step)
         self.log.close()
 
-    def _waited(self, since: float) -> float:
-        """Seconds of compilation, which are no part of the speed."""
-        waited = time.perf_counter() - since
-        return waited if waited > 1.0 else 0.0
+    def _lap(self) -> float:
+        """Adds up time and tokens since the last call; tokens a second meanwhile."""
+        now, units = time.perf_counter(), self._units
+        elapsed = now - self._began
+        self.seconds, self.tokens = self.seconds + elapsed, self.tokens + units
+        self._began, self._units = now, 0
+        return units / max(elapsed, 1e-9)
 
     def _updating(self, bar: Bar, inputs: Any) -> Any:
         if "update" not in self._compiled:

@@ -13,7 +13,7 @@ import optax
 
 import lowrank_jax as lr
 from lowrank_jax.folding import add_low_rank
-from lowrank_jax.sites import Site, matches
+from lowrank_jax.sites import Site, flatten, matches, with_leaves
 
 # The matrices of attention and MLP: what the papers treat as low-rank. Embeddings, norms and head are always trained as they are.
 MATRICES = r".*/(attention|mlp)/.*"
@@ -60,14 +60,14 @@ class Learner(NamedTuple):
     restarts: int = 0
 
 
-def adamw(given: Given) -> Learner:
-    """AdamW: the baseline."""
-    return Learner(optax.chain(given.adam, given.decay))
+def adamw(given: Given, *, scale: float = 1.0) -> Learner:
+    """AdamW: the baseline. ``scale``: of the updates of matrices in layers, as GaLore has one."""
+    return Learner(optax.chain(given.adam, _matrices_times(scale), given.decay))
 
 
-def adamw_8bit(given: Given) -> Learner:
+def adamw_8bit(given: Given, *, scale: float = 1.0) -> Learner:
     """AdamW with block-wise dynamic eight-bit moments (arXiv 2110.02861)."""
-    return Learner(optax.chain(given.adam_8bit, given.decay))
+    return Learner(optax.chain(given.adam_8bit, _matrices_times(scale), given.decay))
 
 
 def galore(
@@ -114,6 +114,7 @@ def frugal(
     subspace: Any = "inputs",
     free: Any = "sign",
     free_scale: float = 1.0,
+    scale: float = 1.0,
     refresh_every: int = 200,
 ) -> Learner:
     """FRUGAL (arXiv 2411.07837) on the matrices, Adam on the rest. See `lowrank_jax.optim.frugal`."""
@@ -121,7 +122,7 @@ def frugal(
         given.adam, density, subspace, free=free, free_scale=free_scale, refresh_every=refresh_every, targets=(MATRICES,),
         sites=given.sites,
     )  # fmt: skip
-    return Learner(optax.chain(core, given.decay))
+    return Learner(optax.chain(core, _matrices_times(scale), given.decay))
 
 
 def lisa(given: Given, *, active: int = 2, period: int = 20, state_policy: Any = "reset") -> Learner:
@@ -173,6 +174,14 @@ def _adapted(given: Given, method: lr.Method, zero: bool = False) -> Learner:
     """The matrices by adapters, everything else as it is."""
     whole = optax.chain(given.adam, given.decay)
     return Learner(whole, {MATRICES: method}, whole, zero=zero)
+
+
+def _matrices_times(scale: float) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        flat = flatten(updates)
+        return with_leaves(updates, {p: scale * u for p, u in flat.items() if matches(MATRICES, p)}), state
+
+    return optax.identity() if scale == 1 else optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _keeping(refresh: Callable[..., tuple[Any, lr.Adapters]]) -> Callable[..., tuple[Any, lr.Adapters, Any]]:
