@@ -4,8 +4,10 @@
 
 Four layers of width 128, 8 rows of 128 tokens an update, on BBC News (5 MB, an asset) and tinyshakespeare (1.1 MB, a file of yours).
 A method's learning rate is the best of three on the articles, in runs of a quarter of the length (what is the same algorithm in another
-number format, or by another route, takes the rate found for it); then every method runs in full on both corpora, one seed. Rows are appended to bench/results/pretrain.jsonl as they come; cells that are there are not run again,
-so that the command can be stopped, or started twice with different --only, and goes on.
+number format, or by another route, takes the rate found for it); then every method runs in full on both corpora, one seed. `adamw_scaled`
+and `frugal_scaled` are controls: GaLore's rates, embeddings four times as fast as matrices, without its subspaces. Rows are appended to
+bench/results/pretrain.jsonl as they come; cells that are there are not run again, so that the command can be stopped, or started twice with
+different --only, and goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from configs.pretrain import RECIPES, get_config
 
 STEPS, TUNING_STEPS = 400, 100
 FACTORS = (0.5, 1.0, 2.0)
-SAME_RATE = {"adamw_8bit": "adamw", "galore_8bit": "galore", "dual_galore": "galore", "relora": "lora"}
+SAME_RATE = {
+    "adamw_8bit": "adamw",
+    "galore_8bit": "galore",
+    "dual_galore": "galore",
+    "relora": "lora",
+    "adamw_scaled": "galore",
+    "frugal_scaled": "galore",
+}
 ROWS = RESULTS / "pretrain.jsonl"
 
 

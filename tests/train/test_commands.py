@@ -53,7 +53,9 @@ def test_generate_continues_a_prompt(language):
 
 
 def test_generate_continues_a_prompt_with_a_plain_model(tmp_path):
-    done = _command("train.generate", f"--model={tiny.llama(tmp_path / 'llama')}", "--prompt=w1 w2", "--max_new_tokens=4")
+    done = _command(
+        "train.generate", f"--model={tiny.llama(tmp_path / 'llama')}", "--prompt=w1 w2", "--max_new_tokens=4"
+    )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     done = _command("train.generate", "--model=x", "--adapter=y", "--prompt=w1")
     assert done.returncode == 2 and "expected one of them" in done.stderr

@@ -20,7 +20,9 @@ class LowrankProverbs(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = {"number": tfds.features.Scalar(np.int32), "saying": tfds.features.Text()}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(3)}

@@ -107,7 +107,9 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, 1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"no data set is called {name!r}.{hint} There are {', '.join(SOURCES)}, and {published.PREFIX}NAME.")
+        raise DataError(
+            f"no data set is called {name!r}.{hint} There are {', '.join(SOURCES)}, and {published.PREFIX}NAME."
+        )
     source = SOURCES[name]
     if directory is None and source.published is not None:
         return _published(name, source, source.published, split)
