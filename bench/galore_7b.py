@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--topology", default="v5p:2x2x1", help="chips to compile for; one of them is used")
     options = parser.parse_args()
-    chip = NamedSharding(topology_mesh(options.topology, {"chip": 1}), PartitionSpec())
+    chip = NamedSharding(topology_mesh(options.topology, {}), PartitionSpec())
     gib = lambda value: f"{value / 2**30:.2f}"  # noqa: E731
     for size in options.sizes:
         length = 2048 if size == "7b" else 256

@@ -94,7 +94,7 @@ def measure(size: str, method: str, topology: str) -> dict[str, Any]:
     batch = {"tokens": jax.ShapeDtypeStruct((1, length), jnp.int32)}
     make = layerwise_step if method in LAYERWISE else dense_step
     step, args = make(config, method, rank, params, batch)
-    chip = NamedSharding(topology_mesh(topology, {"chip": 1}), PartitionSpec())
+    chip = NamedSharding(topology_mesh(topology, {}), PartitionSpec())
     args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), args)
     weights, state = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in args[:2])
     row = {

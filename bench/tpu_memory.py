@@ -84,7 +84,7 @@ def measure(family: str, remat: str, name: str, topology: str) -> dict[str, Any]
     shapes = models.param_shapes(config)
     run, args, plan = training_step(models.build(config), shapes, method, pattern, step)
     # Full fine-tuning trains the weights themselves: the base it starts from is not kept beside them on the chip.
-    chip = NamedSharding(topology_mesh(topology, {"chip": 1}), PartitionSpec())
+    chip = NamedSharding(topology_mesh(topology, {}), PartitionSpec())
     args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), args)
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     row = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lowrank_jax import shard
 from lowrank_jax.adapters import Adapters
 from lowrank_jax.forms import leaf_spec
 from lowrank_jax.plan import Plan
@@ -43,14 +43,14 @@ class CompileReport:
     flops: float
 
 
-def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
+def topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
     """A mesh over the chips of a TPU topology, to compile for; no TPU is needed, but the libtpu package is.
 
     Args:
-      topology: such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4'. axes: names and sizes; their product is at most the number of chips.
+      topology: such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4'. sizes: of the axes, as for `lowrank_jax.shard.mesh`; {} is one chip.
 
     Raises:
-      TopologyError: libtpu is missing, no such topology, or too few chips.
+      TopologyError: libtpu is missing, no such topology, too few chips, or an unknown axis.
 
     Example:
       >>> topology_mesh("v5e:2x2", {"data": 8})  # doctest: +IGNORE_EXCEPTION_DETAIL
@@ -74,13 +74,10 @@ def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
             f"The TPU compiler knows no topology {topology!r} ({str(error).splitlines()[0][:120]}). "
             "Examples: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:4x4."
         ) from error
-    needed = math.prod(axes.values())
-    if needed > len(devices):
-        raise TopologyError(f"{topology} has {len(devices)} chips; a mesh of {dict(axes)} needs {needed}.")
-    import numpy as np
-
-    grid = np.array(devices[:needed], dtype=object).reshape(tuple(axes.values()))
-    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    try:
+        return shard.mesh(sizes, devices)
+    except shard.ShardingError as error:
+        raise TopologyError(f"{topology}: {error}") from error
 
 
 def compile_report(

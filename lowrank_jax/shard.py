@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax.sites import Site, flatten, hits, sites, with_leaves
+from lowrank_jax.sites import Site, flatten, hits, with_leaves
+from lowrank_jax.sites import sites as sites_of
 
 AXES = ("data", "fsdp", "tensor", "expert")
 # Megatron's division: the wide side of every projection over 'tensor', the model's width over 'fsdp'.
@@ -33,7 +34,8 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
     """A mesh with the axes 'data', 'fsdp', 'tensor' and 'expert'.
 
     Args:
-      sizes: of the axes; an axis that is not named has size 1. devices: the first of them are taken; None: all there are.
+      sizes: of the axes; an axis that is not named has size 1. devices: the first of them are taken, in their order (they may be only
+        described, as those of a topology); None: of all there are, in the order JAX finds fastest.
 
     Returns:
       A mesh whose axes are of type Auto, under which unmodified Flax models run.
@@ -50,13 +52,13 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if min(shape) < 1:
         raise ShardingError(f"mesh {dict(sizes)}: expected sizes of at least 1.")
-    devices, needed = list(jax.devices() if devices is None else devices), math.prod(shape)
-    if needed > len(devices):
-        raise ShardingError(f"mesh {dict(sizes)} needs {needed} devices; {len(devices)} are there.")
-    if isinstance(devices[0], jax.Device) and devices[0].client is jax.devices()[0].client:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
-    grid = np.array(devices[:needed], dtype=object).reshape(shape)  # devices that are described only
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    there, needed = list(jax.devices() if devices is None else devices), math.prod(shape)
+    if needed > len(there):
+        raise ShardingError(f"mesh {dict(sizes)} needs {needed} devices; {len(there)} are there.")
+    types = (AxisType.Auto,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=there[:needed])
+    return Mesh(np.array(there[:needed], dtype=object).reshape(shape), AXES, axis_types=types)
 
 
 def layout(
@@ -96,7 +98,7 @@ def layout(
     """
     flat = flatten(params)
     if names is None:
-        roles = _sites(params) if sites is None else sites
+        roles = sites_of(params) if sites is None else sites
         specs = {path: _by_shape(leaf.shape, roles.get(path)) for path, leaf in flat.items()}
     else:
         leaves = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple))
@@ -112,13 +114,15 @@ def layout(
 
 
 def fitted(shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """A PartitionSpec for an array of this shape, without the mesh axes that do not divide it or that the mesh does not have."""
+    """A PartitionSpec for an array of this shape, without the mesh axes that do not divide it or that the mesh does not have.
+
+    Example:
+      >>> fitted((6, 5), ("fsdp", "rows"), mesh({"fsdp": 1}))
+      P('fsdp', None)
+    """
     return PartitionSpec(
         *(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec, strict=True))
     )  # fmt: skip
-
-
-_sites = sites
 
 
 def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[str | None, ...]:

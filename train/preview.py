@@ -14,10 +14,10 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lowrank_jax as lr
-from lowrank_jax import memory, models
+from lowrank_jax import memory, models, shard
 from lowrank_jax.models.gguf import hf_config, is_gguf, open_gguf
 from lowrank_jax.plan_table import human_bytes
-from train import job, optimizer, sharding, tasks
+from train import job, optimizer, tasks
 from train.step import State, make_update
 
 PRESETS = ("llama2_7b", "smollm2_135m", "minilm_l6", "roberta_base")
@@ -33,7 +33,7 @@ class Model(NamedTuple):
 
 def mesh(config: ml_collections.ConfigDict, topology: str) -> Mesh:
     """The run's mesh on the chips of a topology. Raises TopologyError where that cannot be."""
-    return memory.topology_mesh(topology, {axis: config.mesh[axis] for axis in sharding.AXES})
+    return memory.topology_mesh(topology, config.mesh)
 
 
 def abstract_model(config: ml_collections.ConfigDict, num_labels: int, mesh: Mesh | None = None) -> Model:
@@ -65,8 +65,8 @@ def abstract_model(config: ml_collections.ConfigDict, num_labels: int, mesh: Mes
     shapes = models.param_shapes(found)
     if mesh is not None:
         shapes = jax.tree.map(
-            lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.named(leaf.shape, axes, mesh)),
-            shapes, models.logical_axes(found),
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes, shard.layout(shapes, mesh, names=models.logical_axes(found)),
         )  # fmt: skip
     return Model(models.build(found), shapes, found)
 

@@ -12,7 +12,7 @@ import ml_collections
 import optax
 
 import lowrank_jax as lr
-from lowrank_jax import models
+from lowrank_jax import models, shard
 from lowrank_jax.models.llama_sizes import galore_paper
 from lowrank_jax.models.tokenizer import Tokenizer
 from lowrank_jax.sites import flatten, with_leaves
@@ -117,8 +117,7 @@ def first_weights(run: Run) -> Any:
     where: dict[str, Any] = {}
     mesh = run.mesh
     if mesh is not None:
-        axes = models.logical_axes(run.model_config)
-        where = flatten(jax.tree.map(lambda x, axes: sharding.named(x.shape, axes, mesh), run.shapes, axes))
+        where = flatten(shard.layout(run.shapes, mesh, names=models.logical_axes(run.model_config)))
     make, made = jax.jit(_first, static_argnums=(1, 2, 3)), {}
     for n, (path, leaf) in enumerate(flatten(run.shapes).items()):
         if run.learner.zero and is_adapted(run.learner, path):
