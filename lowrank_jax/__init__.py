@@ -24,7 +24,7 @@ from lowrank_jax.d90 import D90, d90
 from lowrank_jax.fixed_point import fixed_point
 from lowrank_jax.folding import fold, merge, unfold
 from lowrank_jax.homeostasis import vida_scales, with_vida_scales
-from lowrank_jax.losses import symmetric_kl
+from lowrank_jax.losses import chunked_cross_entropy, symmetric_kl
 from lowrank_jax.methods import (
     Method,
     adalora,
@@ -102,6 +102,7 @@ __all__ = [
     "at_rank",
     "bottleneck",
     "build",
+    "chunked_cross_entropy",
     "collect",
     "combine",
     "colora",

@@ -149,8 +149,9 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
+        targets: jax.Array | None = None,
     ) -> Any:
-        """Next-token logits.
+        """Next-token logits, or their cross-entropy with given targets.
 
         Args:
           tokens: int (batch, length).
@@ -161,19 +162,23 @@ class Llama(nn.Module):
           cache: from `init_cache` or an earlier call; `tokens` are appended to it.
           logits_at: int (batch,): the only place of each row whose logits are wanted.
           return_hidden: gives the normalised hidden states (batch, length, hidden) in place of logits.
+          targets: int (batch, length): gives the cross-entropy of every token in place of logits, float32 (batch, length), computed
+            `config.loss_chunk` tokens at a time. Not with a cache, logits_at or return_hidden.
 
         Returns:
           Logits (batch, length, vocab) of the compute type, or (batch, vocab) with `logits_at`; with a cache, the pair of them
           and the new cache.
 
         Raises:
-          ValueError: tokens is not a matrix, or segment_ids come with a cache.
+          ValueError: tokens is not a matrix, segment_ids come with a cache, or targets with what they exclude.
         """
         c = self.config
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (batch, length), got {tokens.shape}")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids cannot be used with a cache: pack sequences for training only")
+        if targets is not None and (cache is not None or logits_at is not None or return_hidden):
+            raise ValueError("targets ask for losses: leave out cache, logits_at and return_hidden")
         start: jax.Array | int = 0 if cache is None else cache["index"]
         # A window over positions that the caller chose cannot be told from the order in the array.
         ordered = positions is None or c.sliding_window is None
@@ -198,10 +203,10 @@ class Llama(nn.Module):
         x = _norm(c, "norm")(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)[:, 0]
-        head = (
-            embedding.attend if c.tie_word_embeddings else layers.dense(c, c.vocab_size, name="lm_head", use_bias=False)
-        )
-        out = x if return_hidden else head(x)
+        head = embedding if c.tie_word_embeddings else layers.dense(c, c.vocab_size, name="lm_head", use_bias=False)
+        if targets is not None:
+            return layers.head_losses(head, x, targets, c.loss_chunk)
+        out = x if return_hidden else (embedding.attend if c.tie_word_embeddings else head)(x)
         if cache is None:
             return out
         return out, cache | {"key": slots[0], "value": slots[1], "index": start + tokens.shape[1]}
