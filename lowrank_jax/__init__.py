@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning
+from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, remat, self_tuning
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -157,6 +157,7 @@ __all__ = [
     "plan",
     "randlora",
     "rank_map",
+    "remat",
     "s2_lora",
     "sara",
     "save_bank",
