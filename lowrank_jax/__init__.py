@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning, shard
+from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, remat, self_tuning, shard
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -24,7 +24,7 @@ from lowrank_jax.d90 import D90, d90
 from lowrank_jax.fixed_point import fixed_point
 from lowrank_jax.folding import fold, merge, unfold
 from lowrank_jax.homeostasis import vida_scales, with_vida_scales
-from lowrank_jax.losses import symmetric_kl
+from lowrank_jax.losses import chunked_cross_entropy, symmetric_kl
 from lowrank_jax.methods import (
     Method,
     adalora,
@@ -103,6 +103,7 @@ __all__ = [
     "at_rank",
     "bottleneck",
     "build",
+    "chunked_cross_entropy",
     "collect",
     "combine",
     "colora",
@@ -157,6 +158,7 @@ __all__ = [
     "plan",
     "randlora",
     "rank_map",
+    "remat",
     "s2_lora",
     "sara",
     "save_bank",

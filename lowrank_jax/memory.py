@@ -34,6 +34,7 @@ class CompileReport:
 
     Attributes:
       peak: bytes at the worst moment, arguments included. temp: bytes of temporaries. argument: bytes of the arguments.
+      host: bytes of temporaries in the host's memory (offloaded activations), in none of the others.
       flops: floating-point operations of one call; the body of a loop (scan over layers) is counted once.
     """
 
@@ -41,6 +42,7 @@ class CompileReport:
     temp: int
     argument: int
     flops: float
+    host: int = 0
 
 
 def topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
@@ -115,14 +117,17 @@ def compile_report(
     m: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
     total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    # The CPU compiler leaves the peak at the temporaries'; the sum of all parts is what it holds at once.
+    # The CPU compiler leaves the peak at the temporaries', and a peak with offloaded arrays has those in it: the sum of all parts is what
+    # the device holds at most.
     peak = max(getattr(m, "peak_memory_in_bytes", 0), 0)
     on_cpu = all(device.platform == "cpu" for device in _devices(args))
+    host = getattr(m, "host_temp_size_in_bytes", 0)
     return CompileReport(
-        total if on_cpu or not peak else peak,
+        total if on_cpu or not peak or host else peak,
         m.temp_size_in_bytes,
         m.argument_size_in_bytes,
         float(cost.get("flops", 0.0)),
+        host,
     )
 
 

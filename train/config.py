@@ -32,8 +32,10 @@ def base() -> ml_collections.ConfigDict:
       name: of the run; task: 'classification' or 'causal_lm'; seed: of the adapters, the order of the data, and dropout.
       workdir: where everything is written; '' means runs/<name>.
       model: source (an asset such as 'minilm', a directory, a GGUF file, or a name on the hub), pooling of a classifier ('' as
-        published, 'cls', 'mean'), dtype of the activations, param_dtype of the base, scan_layers, remat ('none', 'full', 'dots'
-        or a policy of jax.checkpoint_policies), dropout (whether the model's own dropout is on in training).
+        published, 'cls', 'mean'), dtype of the activations, param_dtype of the base, scan_layers, remat ('none', 'full', 'dots',
+        'adapter', 'adapter_offload' or a policy of jax.checkpoint_policies), dropout (whether the model's own dropout is on in training),
+        attention ('' leaves it to JAX, 'xla', 'cudnn', or 'splash': a causal_lm on one TPU), loss_chunk (tokens a shard of the batch
+        whose logits exist at once, causal_lm only; 0: all).
       data: see `train.data.load`; eval_limit and limit take the first so many examples, test_split '' means no test.
       adapter, head: a rule each, see `rule`; None leaves it out. more: further rules by name. exclude: patterns to leave alone.
       allow_dense: let a weight that cannot be intercepted be adapted by a dense update.
@@ -61,7 +63,7 @@ def base() -> ml_collections.ConfigDict:
     config.workdir = ""
     config.model = ml_collections.ConfigDict(
         {"source": "minilm", "pooling": "", "dtype": "float32", "param_dtype": "float32", "scan_layers": True,
-         "remat": "none", "dropout": False}
+         "remat": "none", "dropout": False, "attention": "", "loss_chunk": 1024}
     )  # fmt: skip
     config.data = ml_collections.ConfigDict(
         {"name": "tweets", "directory": "", "train_split": "train", "eval_split": "validation", "test_split": "",
@@ -160,6 +162,15 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(config[name] in allowed, name, config[name], f"one of {', '.join(allowed)}")
     for name in ("dtype", "param_dtype"):
         require(config.model[name] in DTYPES, f"model.{name}", config.model[name], f"one of {', '.join(DTYPES)}")
+    attention = config.model.attention
+    require(attention in ("", "xla", "cudnn", "splash"), "model.attention", attention, "'', 'xla', 'cudnn' or 'splash'")
+    one = config.task == "causal_lm" and max(config.mesh.values()) == 1
+    require(
+        attention != "splash" or one, "model.attention", attention, "not 'splash' unless a causal_lm runs on one device"
+    )
+    require(
+        config.model.loss_chunk >= 0, "model.loss_chunk", config.model.loss_chunk, "a number of tokens, or 0 for all"
+    )
     require((config.steps > 0) != (config.epochs > 0), "steps", config.steps, "either steps or epochs above 0")
     for name in ("batch_size", "accumulate", "eval_batch_size", "log_every", "keep"):
         require(config[name] >= 1, name, config[name], "at least 1")
@@ -173,6 +184,14 @@ def check(config: ml_collections.ConfigDict) -> None:
         not config.generate or config.task == "causal_lm", "generate", config.generate, "0 unless task is causal_lm"
     )
     plan_rules(config)
+
+
+def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How the model computes, as fields of its own configuration."""
+    fields: dict[str, Any] = {"attention_implementation": config.model.attention or None}
+    if config.task == "causal_lm":
+        fields["loss_chunk"] = config.model.loss_chunk * config.mesh.data * config.mesh.fsdp
+    return fields
 
 
 def check_mesh(config: ml_collections.ConfigDict) -> None:

@@ -173,8 +173,11 @@ def _model(config: ml_collections.ConfigDict, source: pathlib.Path | str, num_la
                 raise ValueError(
                     f"config.model.source={config.model.source!r} is a GGUF file, which holds a causal_lm, not a {config.task} model."
                 )
-            return load_gguf(source, **{k: v for k, v in fields.items() if k not in ("task", "seed")})
-        return models.load(source, **fields)
+            loaded = load_gguf(source, **{k: v for k, v in fields.items() if k not in ("task", "seed")})
+        else:
+            loaded = models.load(source, **fields)
+    computing = dataclasses.replace(loaded.config, **configs.model_fields(config))
+    return loaded._replace(config=computing, model=models.build(computing))
 
 
 def _data(config: ml_collections.ConfigDict, split: str, tokenizer: Tokenizer, batch_size: int, limit: int) -> Loader:

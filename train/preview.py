@@ -17,6 +17,7 @@ import lowrank_jax as lr
 from lowrank_jax import memory, models, shard
 from lowrank_jax.models.gguf import hf_config, is_gguf, open_gguf
 from lowrank_jax.plan_table import human_bytes
+from train import config as configs
 from train import job, optimizer, tasks
 from train.step import State, make_update
 
@@ -44,7 +45,7 @@ def abstract_model(config: ml_collections.ConfigDict, num_labels: int, mesh: Mes
     """
     fields: dict[str, Any] = {
         "dtype": jnp.dtype(config.model.dtype), "param_dtype": jnp.dtype(config.model.param_dtype),
-        "scan_layers": config.model.scan_layers, "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers, "remat": config.model.remat, **configs.model_fields(config),
     }  # fmt: skip
     if config.task == "classification":
         fields |= {"task": "classify", "num_labels": num_labels}

@@ -18,7 +18,8 @@ class Task(NamedTuple):
 
     Attributes:
       name: 'classification', 'regression' or 'causal_lm'.
-      logits: (apply, variables, batch, rngs) -> the model's output for a batch; rngs is None in evaluation.
+      logits: (apply, variables, batch, rngs) -> the model's output for a batch; rngs is None in evaluation. A causal_lm's are the losses
+        of its tokens, since whole logits would be the largest array of a step.
       loss: (logits, batch) -> sum of the losses and the number they are to be divided by, both float32 scalars.
       outputs: (logits, batch) -> per-row arrays that evaluation needs on the host.
       unit: what progress is counted in.
@@ -79,32 +80,30 @@ def causal_lm(packed: bool = False) -> Task:
 
     Example:
       >>> batch = {"tokens": jnp.zeros((1, 3), jnp.int32), "loss_mask": jnp.array([[False, True, True]])}
-      >>> total, weight = causal_lm().loss(jnp.zeros((1, 3, 8)), batch)
-      >>> round(float(total / weight), 4), float(weight)
-      (2.0794, 2.0)
+      >>> total, weight = causal_lm().loss(jnp.full((1, 3), 2.0), batch)
+      >>> float(total), float(weight)
+      (4.0, 2.0)
     """
 
-    def logits(apply: Apply, variables: Any, batch: Batch, rngs: dict[str, jax.Array] | None) -> jax.Array:
+    def losses(apply: Apply, variables: Any, batch: Batch, rngs: dict[str, jax.Array] | None) -> jax.Array:
         packing = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]} if packed else {}
-        return apply(variables, batch["tokens"], **packing, **({"rngs": rngs} if rngs else {}))
+        targets = jnp.roll(batch["tokens"], -1, axis=1)  # the last token has none: `rows` leaves it out
+        return apply(variables, batch["tokens"], targets=targets, **packing, **({"rngs": rngs} if rngs else {}))
 
-    def rows(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def rows(losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # Without packing a row is padded at its end only, which causal attention never sees from a real token.
         learned = batch["loss_mask"][:, 1:].astype(jnp.float32)
-        nll = optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, :-1].astype(jnp.float32), batch["tokens"][:, 1:]
-        )
-        return jnp.sum(nll * learned, axis=1), jnp.sum(learned, axis=1)
+        return jnp.sum(losses[:, :-1] * learned, axis=1), jnp.sum(learned, axis=1)
 
-    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        total, weight = rows(logits, batch)
+    def loss(losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        total, weight = rows(losses, batch)
         return jnp.sum(total), jnp.sum(weight)
 
-    def outputs(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        total, weight = rows(logits, batch)
+    def outputs(losses: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        total, weight = rows(losses, batch)
         return {"loss": total, "tokens": weight}
 
-    return Task("causal_lm", logits, loss, outputs, "tokens", lambda b: int(b["segment_ids"].astype(bool).sum()))
+    return Task("causal_lm", losses, loss, outputs, "tokens", lambda b: int(b["segment_ids"].astype(bool).sum()))
 
 
 def _valid(batch: Batch, rows: int) -> jax.Array:

@@ -18,6 +18,8 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
+from lowrank_jax.remat import narrow
+
 
 class _Static(NamedTuple):
     """What the backward pass must know of an operand even when the operand itself is not kept."""
@@ -69,9 +71,10 @@ def low_rank_matmul(
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     u = dot(x, a, accumulator, precision)
     if mid is not None:
-        u = u * mid.astype(u.dtype) if mid.ndim == 1 else dot(u.astype(x.dtype), mid, accumulator, precision)
+        u = narrow(u if mid.ndim == 1 else u.astype(x.dtype))
+        u = u * mid.astype(u.dtype) if mid.ndim == 1 else dot(u, mid, accumulator, precision)
     # The scale meets the rank-wide activation: on the output it would cost a pass over the widest array.
-    u = (u * scale).astype(x.dtype)
+    u = narrow((u * scale).astype(x.dtype))
     return dot(u, b, x.dtype, precision)
 
 

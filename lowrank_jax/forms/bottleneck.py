@@ -13,6 +13,7 @@ from lowrank_jax.batching import over_batch
 from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms._matmul import dot
 from lowrank_jax.forms.base import Call, Record, UnsupportedError
+from lowrank_jax.remat import narrow
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -82,7 +83,7 @@ class Bottleneck:
             hidden = product(call.x, self.down, accumulator(call.x))
         else:
             hidden = call.linear(call.x, self.down.astype(call.y.dtype))
-        return hidden if self.down_bias is None else plus(hidden, self.down_bias)
+        return narrow(hidden if self.down_bias is None else plus(hidden, self.down_bias))
 
     def _between(self, hidden: jax.Array) -> jax.Array:
         return hidden

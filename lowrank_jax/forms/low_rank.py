@@ -13,6 +13,7 @@ from lowrank_jax.batching import over_batch
 from lowrank_jax.forms._dropout import drop
 from lowrank_jax.forms._matmul import low_rank_matmul
 from lowrank_jax.forms.base import Call, KeepsBias, Leaf, Record
+from lowrank_jax.remat import narrow
 from lowrank_jax.sites import Site
 
 
@@ -55,7 +56,7 @@ class LowRank(KeepsBias):
             product = over_batch(functools.partial(low_rank_matmul, scale=self.scale), self.a.ndim - 2)
             update = product(x, self.a, self.mid, self.b)
         else:
-            update = _after(call.linear(x, self.a.astype(call.y.dtype)), self.mid, self.b, self.scale)
+            update = _after(narrow(call.linear(x, self.a.astype(call.y.dtype))), self.mid, self.b, self.scale)
         return update.astype(call.y.dtype)
 
     def delta(self, kernel: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import linen as nn
 from lowrank_jax.models import layers
 from lowrank_jax.models.bert_config import BertConfig
 from lowrank_jax.models.config_base import activation
+from lowrank_jax.remat import nonlinear_input
 
 
 class EncoderOutput(NamedTuple):
@@ -50,15 +51,17 @@ class Attention(nn.Module):
         """Maps (batch, length, hidden) to the same; `mask` is bool (batch, 1, 1, length) or None."""
         c = self.config
         query, key, value = (
-            layers.dense(c, c.hidden_size, name=name)(x).reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
+            nonlinear_input(layers.dense(c, c.hidden_size, name=name)(x)).reshape(
+                *x.shape[:2], c.num_attention_heads, c.head_dim
+            )
             for name in ("query", "key", "value")
         )
         drop = None
         if c.attention_probs_dropout_prob and not self.deterministic:
             drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=False)
-        out = layers.attention(
-            query, key, value, mask=mask, implementation=c.attention_implementation, dropout=drop
-        ).reshape(x.shape)
+        out = layers.attention(query, key, value, mask=mask, implementation=c.library_attention, dropout=drop).reshape(
+            x.shape
+        )
         return layers.dense(c, c.hidden_size, name="output")(out)
 
 
@@ -71,7 +74,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, length, hidden) to the same."""
         c = self.config
-        x = activation(c.hidden_act)(layers.dense(c, c.intermediate_size, name="intermediate")(x))
+        x = activation(c.hidden_act)(nonlinear_input(layers.dense(c, c.intermediate_size, name="intermediate")(x)))
         return layers.dense(c, c.hidden_size, name="output")(x)
 
 
@@ -86,9 +89,10 @@ class Layer(nn.Module):
         """Maps (batch, length, hidden) to the same."""
         c = self.config
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
+        x = nonlinear_input(x)  # kept under any name; under this one it can be offloaded
         y = Attention(c, self.deterministic, name="attention")(x, mask)
-        x = _norm(c, "attention_norm")(x + drop(y))
-        return _norm(c, "mlp_norm")(x + drop(Mlp(c, name="mlp")(x))), None
+        x = _norm(c, "attention_norm")(nonlinear_input(x + drop(y)))
+        return _norm(c, "mlp_norm")(nonlinear_input(x + drop(Mlp(c, name="mlp")(x)))), None
 
 
 class Encoder(nn.Module):

@@ -83,6 +83,10 @@ class BertConfig(ModelConfig):
         ):
             if value not in allowed:
                 raise ModelConfigError(f"BertConfig.{field}={value!r}: expected one of {list(allowed)}")
+        if self.attention_implementation == "splash":
+            raise ModelConfigError(
+                "BertConfig.attention_implementation='splash': expected None, 'xla' or 'cudnn'; splash attention is causal"
+            )
         if self.num_labels < 1:
             raise ModelConfigError(f"BertConfig.num_labels={self.num_labels}: expected at least 1")
         activation(self.hidden_act)

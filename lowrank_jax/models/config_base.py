@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lowrank_jax import remat as adapter_remat
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
@@ -30,6 +32,7 @@ _POLICIES: Mapping[str, str] = {
     "dots": "dots_with_no_batch_dims_saveable",
     "full": "nothing_saveable",
 }
+_FROZEN_BASE = {"adapter": False, "adapter_offload": True}
 # The other attributes of jax.checkpoint_policies are functions that make a policy and need arguments of their own.
 _PLAIN_POLICIES = (
     "everything_saveable",
@@ -67,8 +70,8 @@ def remat_policy(name: str) -> Callable[..., bool]:
     """Returns the checkpoint policy behind a `remat` setting other than 'none'.
 
     Args:
-      name: 'full' (saves nothing inside a layer), 'dots' (saves products with weights) or the name of a plain policy in
-        `jax.checkpoint_policies`.
+      name: 'full' (saves nothing inside a layer), 'dots' (saves products with weights), 'adapter' or 'adapter_offload' (for frozen
+        bases: `lowrank_jax.remat.policy`) or the name of a plain policy in `jax.checkpoint_policies`.
 
     Raises:
       ModelConfigError: the name is unknown.
@@ -77,10 +80,13 @@ def remat_policy(name: str) -> Callable[..., bool]:
       >>> remat_policy("full") is jax.checkpoint_policies.nothing_saveable
       True
     """
+    if name in _FROZEN_BASE:
+        return adapter_remat.policy(offload=_FROZEN_BASE[name])
     policy = _POLICIES.get(name, name)
     if policy not in _PLAIN_POLICIES:
         raise ModelConfigError(
-            f"remat={name!r} is not supported; expected 'none', 'full', 'dots' or one of {list(_PLAIN_POLICIES)}"
+            f"remat={name!r} is not supported; expected 'none', 'full', 'dots', 'adapter', 'adapter_offload' or one of "
+            f"{list(_PLAIN_POLICIES)}"
         )
     return getattr(jax.checkpoint_policies, policy)
 
@@ -91,10 +97,12 @@ class ModelConfig:
 
     Attributes:
       scan_layers: one compiled layer run by `nn.scan` over parameters with a leading layer axis (True), or a Python loop.
-      remat: 'none', 'full', 'dots' or the name of a plain policy in `jax.checkpoint_policies`, applied per layer.
+      remat: 'none', or a policy of `remat_policy` for what each layer keeps for the backward pass: 'full', 'dots', 'adapter',
+        'adapter_offload' or the name of a plain policy in `jax.checkpoint_policies`.
       dtype: type of the activations.
       param_dtype: type of the stored parameters.
-      attention_implementation: handed to `jax.nn.dot_product_attention`: None, 'xla' or 'cudnn' (NVIDIA GPUs, 16-bit types).
+      attention_implementation: of `jax.nn.dot_product_attention`: None, 'xla' or 'cudnn' (NVIDIA GPUs, 16-bit types); or 'splash' (TPUs,
+        causal models, see `lowrank_jax.models.splash`; with a cache it is as None).
 
     Raises:
       ModelConfigError: from the constructor, if `remat` or `attention_implementation` is unknown.
@@ -104,15 +112,20 @@ class ModelConfig:
     remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    attention_implementation: Literal["xla", "cudnn"] | None = None
+    attention_implementation: Literal["xla", "cudnn", "splash"] | None = None
 
     def __post_init__(self) -> None:
         if self.remat != "none":
             remat_policy(self.remat)
-        if self.attention_implementation not in (None, "xla", "cudnn"):
+        if self.attention_implementation not in (None, "xla", "cudnn", "splash"):
             raise ModelConfigError(
-                f"attention_implementation={self.attention_implementation!r}: expected None, 'xla' or 'cudnn'"
+                f"attention_implementation={self.attention_implementation!r}: expected None, 'xla', 'cudnn' or 'splash'"
             )
+
+    @property
+    def library_attention(self) -> Literal["xla", "cudnn"] | None:
+        """What `jax.nn.dot_product_attention` is asked for where splash attention does not apply: with a cache."""
+        return None if self.attention_implementation == "splash" else self.attention_implementation
 
 
 def check_multiple(name: str, value: int, of_name: str, of: int) -> None:

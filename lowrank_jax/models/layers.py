@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lowrank_jax.losses import Chunks, by_chunks, token_losses
 from lowrank_jax.models.config_base import ModelConfig, remat_policy
 from lowrank_jax.models.llama_config import RopeScaling
 
@@ -101,6 +102,40 @@ def run_layers(
         x, output = layer(**layer_kwargs, name=f"layers_{i}")(x, own, *shared)
         outputs.append(output)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def head_losses(head: nn.Module, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+    """`lowrank_jax.losses.chunked_cross_entropy` with a module for the head, lifted, so that interceptors see every chunk.
+
+    Args:
+      head: an nn.Dense, or the nn.Embed whose table is tied.
+      hidden: (batch, length, width). targets: int (batch, length). chunk: tokens at a time; 0: all at once.
+
+    Returns:
+      float32 (batch, length).
+
+    Example:
+      >>> from lowrank_jax.models import LlamaConfig
+      >>> table = embed(LlamaConfig.tiny(), 8, name="embed_tokens")
+      >>> x, targets = jnp.zeros((1, 3, 64)), jnp.zeros((1, 3), jnp.int32)
+      >>> losses, _ = table.init_with_output(jax.random.key(0), x, targets, 2, method=head_losses)
+      >>> losses.shape, round(float(losses[0, 0]), 4)
+      ((1, 3), 2.0794)
+    """
+
+    def one(head: Any, carry: None, part: Chunks) -> tuple[None, jax.Array]:
+        logits = head.attend(part[0]) if isinstance(head, nn.Embed) else head(part[0])
+        return carry, token_losses(logits, part[1])
+
+    scan = nn.scan(
+        nn.remat(one, prevent_cse=False),
+        variable_broadcast="params",
+        variable_axes={"intermediates": 0},
+        split_rngs={"params": False, "dropout": True},
+    )
+    return by_chunks(
+        lambda part: one(head, None, part)[1], lambda parts: scan(head, None, parts)[1], hidden, targets, chunk
+    )
 
 
 def attention(

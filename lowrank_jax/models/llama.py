@@ -15,6 +15,8 @@ from flax import linen as nn
 from lowrank_jax.models import layers
 from lowrank_jax.models.config_base import activation
 from lowrank_jax.models.llama_config import LlamaConfig
+from lowrank_jax.models.splash import splash_attention
+from lowrank_jax.remat import nonlinear_input
 
 Cache = dict[str, Any]
 """'key', 'value': (layers, batch, slots, kv_heads, head_dim); 'valid', 'positions': (batch, slots); 'index': slots in use."""
@@ -67,7 +69,9 @@ class Attention(nn.Module):
             ("v_proj", c.num_key_value_heads),
         )
         query, key, value = (
-            layers.dense(c, n * c.width, name=name, use_bias=c.qkv_bias)(x).reshape(*x.shape[:2], n, c.width)
+            nonlinear_input(layers.dense(c, n * c.width, name=name, use_bias=c.qkv_bias)(x)).reshape(
+                *x.shape[:2], n, c.width
+            )
             for name, n in heads
         )
         if c.qk_norm:
@@ -78,16 +82,19 @@ class Attention(nn.Module):
             value = jax.lax.dynamic_update_slice_in_dim(slots[1], value, index, axis=1)
             slots = (key, value)
         # Without a cache or positions of its own the order of the array is all there is to know: no mask is ever built.
-        plain = mask is None or mask.shape[-2] == 1
-        out = layers.attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=plain and slots is None,
-            window=c.sliding_window if plain and slots is None else None,
-            implementation=c.attention_implementation,
-        )
+        plain = slots is None and (mask is None or mask.shape[-2] == 1)
+        if c.attention_implementation == "splash" and slots is None:
+            out = splash_attention(query, key, value, mask, c.sliding_window)
+        else:
+            out = layers.attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                is_causal=plain,
+                window=c.sliding_window if plain else None,
+                implementation=c.library_attention,
+            )
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.width)
         return layers.dense(c, c.hidden_size, name="o_proj", use_bias=c.out_bias)(out), slots
 
@@ -101,8 +108,10 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, length, hidden) to the same."""
         c = self.config
-        gate = layers.dense(c, c.intermediate_size, name="gate_proj", use_bias=c.mlp_bias)(x)
-        up = layers.dense(c, c.intermediate_size, name="up_proj", use_bias=c.mlp_bias)(x)
+        gate, up = (
+            nonlinear_input(layers.dense(c, c.intermediate_size, name=name, use_bias=c.mlp_bias)(x))
+            for name in ("gate_proj", "up_proj")
+        )
         return layers.dense(c, c.hidden_size, name="down_proj", use_bias=c.mlp_bias)(
             activation(c.hidden_act)(gate) * up
         )
@@ -117,8 +126,9 @@ class Layer(nn.Module):
     def __call__(self, x: jax.Array, slots: Any, *shared: Any) -> tuple[jax.Array, Any]:
         """Maps (batch, length, hidden) to the same; returns this layer's part of the cache as well."""
         c = self.config
+        x = nonlinear_input(x)  # kept under any name; under this one it can be offloaded
         y, slots = Attention(c, name="attention")(_norm(c, "input_norm")(x), slots, *shared)
-        x = x + y
+        x = nonlinear_input(x + y)
         return x + Mlp(c, name="mlp")(_norm(c, "post_attention_norm")(x)), slots
 
 
@@ -149,8 +159,9 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         logits_at: jax.Array | None = None,
         return_hidden: bool = False,
+        targets: jax.Array | None = None,
     ) -> Any:
-        """Next-token logits.
+        """Next-token logits, or their cross-entropy with given targets.
 
         Args:
           tokens: int (batch, length).
@@ -161,19 +172,24 @@ class Llama(nn.Module):
           cache: from `init_cache` or an earlier call; `tokens` are appended to it.
           logits_at: int (batch,): the only place of each row whose logits are wanted.
           return_hidden: gives the normalised hidden states (batch, length, hidden) in place of logits.
+          targets: int (batch, length): gives the cross-entropy of every token in place of logits, float32 (batch, length), computed
+            `config.loss_chunk` tokens at a time. Not with a cache, logits_at or return_hidden.
 
         Returns:
           Logits (batch, length, vocab) of the compute type, or (batch, vocab) with `logits_at`; with a cache, the pair of them
           and the new cache.
 
         Raises:
-          ValueError: tokens is not a matrix, or segment_ids come with a cache.
+          ValueError: tokens is not a matrix, segment_ids come with a cache, or targets with what they exclude, or positions with splash
+            attention in a sliding window.
         """
         c = self.config
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (batch, length), got {tokens.shape}")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids cannot be used with a cache: pack sequences for training only")
+        if targets is not None and (cache is not None or logits_at is not None or return_hidden):
+            raise ValueError("targets ask for losses: leave out cache, logits_at and return_hidden")
         start: jax.Array | int = 0 if cache is None else cache["index"]
         # A window over positions that the caller chose cannot be told from the order in the array.
         ordered = positions is None or c.sliding_window is None
@@ -184,6 +200,8 @@ class Llama(nn.Module):
         if cache is not None:
             cache = _extend(cache, positions, valid)
             mask = _mask(c, start, positions, cache["positions"], cache["valid"], None)
+        elif c.attention_implementation == "splash":
+            mask = _segments(ordered, valid, segment_ids)
         elif segment_ids is None and ordered:
             mask = None if valid is None else valid[:, None, None, :]
         else:
@@ -198,13 +216,22 @@ class Llama(nn.Module):
         x = _norm(c, "norm")(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)[:, 0]
-        head = (
-            embedding.attend if c.tie_word_embeddings else layers.dense(c, c.vocab_size, name="lm_head", use_bias=False)
-        )
-        out = x if return_hidden else head(x)
+        head = embedding if c.tie_word_embeddings else layers.dense(c, c.vocab_size, name="lm_head", use_bias=False)
+        if targets is not None:
+            return layers.head_losses(head, x, targets, c.loss_chunk)
+        out = x if return_hidden else (embedding.attend if c.tie_word_embeddings else head)(x)
         if cache is None:
             return out
         return out, cache | {"key": slots[0], "value": slots[1], "index": start + tokens.shape[1]}
+
+
+def _segments(ordered: bool, valid: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array | None:
+    """Int (batch, length) or None: what splash attention takes for a mask; padding is a segment of its own."""
+    if not ordered:
+        raise ValueError("splash attention counts a sliding window by the order in the array: leave out positions")
+    if valid is None:
+        return None if segment_ids is None else segment_ids.astype(jnp.int32)
+    return jnp.where(valid, 0 if segment_ids is None else segment_ids, -1).astype(jnp.int32)
 
 
 def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:

@@ -51,6 +51,7 @@ class LlamaConfig(ModelConfig):
       qkv_bias, out_bias, mlp_bias: which projections carry a bias.
       qk_norm: RMSNorm of every head of queries and keys (Qwen3).
       tie_word_embeddings: logits by the transposed token embedding, without `lm_head`.
+      loss_chunk: tokens of the batch whose logits exist at once where the model is asked for losses; 0: all.
 
     Raises:
       ModelConfigError: from the constructor, naming the field.
@@ -80,6 +81,7 @@ class LlamaConfig(ModelConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    loss_chunk: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +91,10 @@ class LlamaConfig(ModelConfig):
             raise ModelConfigError(f"RopeScaling.kind={self.rope_scaling.kind!r}: expected 'linear' or 'llama3'")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ModelConfigError(f"LlamaConfig.sliding_window={self.sliding_window}: expected at least 1, or None")
+        if self.loss_chunk < 0:
+            raise ModelConfigError(
+                f"LlamaConfig.loss_chunk={self.loss_chunk}: expected a number of tokens, or 0 for all"
+            )
         if self.head_dim is None:
             check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         if self.width % 2:

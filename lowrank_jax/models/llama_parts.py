@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 from lowrank_jax.models import layers
@@ -49,14 +48,15 @@ def llama_parts(config: LlamaConfig) -> ModelParts:
 
     def head(rest: Any, x: jax.Array, table: Any, batch: Batch) -> jax.Array:
         hidden: Any = norm.apply({"params": rest["norm"]}, x)
-        if config.tie_word_embeddings:
-            logits: Any = embedding.apply({"params": rest["embed_tokens"]}, hidden, method="attend")
-        else:
-            logits = lm_head.apply({"params": rest["lm_head"]}, hidden)
-        targets = batch["tokens"][:, 1:]
-        learned = batch["loss_mask"][:, 1:].astype(jnp.float32) if "loss_mask" in batch else jnp.ones(targets.shape)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), targets)
-        return jnp.sum(nll * learned) / jnp.maximum(jnp.sum(learned), 1)
+        module, own = (embedding, "embed_tokens") if config.tie_word_embeddings else (lm_head, "lm_head")
+        tokens = batch["tokens"]
+        losses: Any = module.apply(
+            {"params": rest[own]}, hidden, jnp.roll(tokens, -1, axis=1), config.loss_chunk, method=layers.head_losses
+        )
+        learned = (
+            batch["loss_mask"][:, 1:].astype(jnp.float32) if "loss_mask" in batch else jnp.ones(tokens[:, 1:].shape)
+        )
+        return jnp.sum(losses[:, :-1] * learned) / jnp.maximum(jnp.sum(learned), 1)
 
     return ModelParts(stem, layer, head)
 
