@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from train import processes
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of errors in the input, too.")
 _EXPECTED = (
     ValueError,
@@ -24,8 +26,12 @@ _EXPECTED = (
 _OURS = ("lowrank_jax", "train", "configs", "__main__")
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Parses the flags and runs ``main``; an error that this project raised about its input ends in one line and exit status 2."""
+def run(main: Callable[[], Any], several: bool = False) -> None:
+    """Parses the flags and runs ``main``; an error that this project raised about its input ends in one line and exit status 2.
+
+    Args:
+      several: the command may be one of several processes, see `train.processes.start`.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -34,6 +40,8 @@ def run(main: Callable[[], Any]) -> None:
         logging.set_verbosity(logging.ERROR)
         _use_compilation_cache()
         try:
+            if several:
+                processes.start()
             main()
         except _EXPECTED as error:
             if _TRACEBACK.value or not raised_here(error):
@@ -102,4 +110,4 @@ def _use_compilation_cache() -> None:
 
 def _exit(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    processes.leave(2)

@@ -26,13 +26,18 @@ _RULES: Mapping[str | None, str] = {
 
 
 def make_mesh(sizes: ml_collections.ConfigDict) -> Mesh | None:
-    """A mesh of the given sizes over the first devices; None where one device is enough.
+    """A mesh of the given sizes over the first devices of all processes; None where one device is enough.
 
     Raises:
-      ValueError: more devices asked for than there are.
+      ValueError: more devices asked for than there are, or of several processes not all.
     """
     shape = tuple(sizes[axis] for axis in AXES)
     needed = math.prod(shape)
+    if jax.process_count() > 1 and needed != jax.device_count():
+        raise ValueError(
+            f"config.mesh={dict(sizes)} is for {needed} of the {jax.device_count()} devices of {jax.process_count()} processes; expected all, "
+            f"such as --config.mesh.data={jax.device_count()}."
+        )
     if needed == 1:
         return None
     if needed > jax.device_count():
@@ -56,9 +61,16 @@ def place(params: Any, config: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return params
 
-    return jax.tree.map(
-        lambda leaf, axes: jax.device_put(leaf, named(leaf.shape, axes, mesh)), params, logical_axes(config)
-    )
+    return jax.tree.map(lambda leaf, axes: put(leaf, named(leaf.shape, axes, mesh)), params, logical_axes(config))
+
+
+def put(leaf: Any, where: NamedSharding) -> jax.Array:
+    """An array that every process holds in full, or that is on the devices already, laid out anew."""
+    if jax.process_count() == 1 or isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, where)
+    # device_put would have the processes compare the values of every single array first.
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def named(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
@@ -68,11 +80,29 @@ def named(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> N
     )
 
 
+def share(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """The rows of a global batch that this process has to read, ascending; several processes may read the same.
+
+    Example:
+      >>> share(None, 4).tolist()
+      [0, 1, 2, 3]
+    """
+    if mesh is None:
+        return np.arange(rows)
+    parts = _by_rows(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """A batch with its rows dealt out over 'data' and 'fsdp'."""
+    """A batch with its rows dealt out over 'data' and 'fsdp', from every process's `share`."""
     if mesh is None:
         return dict(batch)
-    return {k: jax.device_put(v, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) for k, v in batch.items()}
+    return {k: jax.make_array_from_process_local_data(_by_rows(mesh), v) for k, v in batch.items()}
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def spread(tree: Any, mesh: Mesh | None) -> Any:
@@ -80,11 +110,14 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
 
-    def put(leaf: Any) -> Any:
-        there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if there else jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+    def there(leaf: Any) -> bool:
+        return isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(lambda leaf: leaf if there(leaf) else put(leaf, everywhere(mesh)), tree)
+
+
+def _by_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def _fit(axis: str | None, size: int, mesh: Mesh) -> str | None:
