@@ -40,14 +40,17 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
         logging.set_verbosity(logging.ERROR)
         _use_compilation_cache()
         try:
-            if several:
-                processes.start()
             main()
         except _EXPECTED as error:
             if _TRACEBACK.value or not raised_here(error):
                 raise
             _exit(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
 
+    if several:
+        try:
+            processes.start()  # before the flags, as a file that --config names may use JAX
+        except (RuntimeError, ValueError) as error:
+            _exit(str(error))
     try:
         app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:
