@@ -68,8 +68,7 @@ def _rewrite(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Bar:
-    """A progress line on stderr: a live bar on a terminal, one line a report where the output is a file. Of several processes one shows it.
-    """
+    """A progress line on stderr: a live bar on a terminal, one line a report where the output is a file; by process 0 alone."""
 
     def __init__(self, total: int, step: int, unit: str):
         self.console = Console(stderr=True, quiet=not leads())

@@ -118,8 +118,13 @@ def _number(given: dict[str, str], name: str) -> int | None:
 
 
 def _leave_after(hook: Any) -> Any:
-    def report(*about: Any) -> None:
-        hook(*about)
+    def report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        hook(kind, error, trace)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                "If another process is gone, the same command on all of them goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
         leave(1)
 
     return report

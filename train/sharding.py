@@ -35,8 +35,8 @@ def make_mesh(sizes: ml_collections.ConfigDict) -> Mesh | None:
     needed = math.prod(shape)
     if jax.process_count() > 1 and needed != jax.device_count():
         raise ValueError(
-            f"config.mesh={dict(sizes)} is for {needed} of the {jax.device_count()} devices of {jax.process_count()} processes; expected all, "
-            f"such as --config.mesh.data={jax.device_count()}."
+            f"config.mesh={dict(sizes)} is for {needed} of the {jax.device_count()} devices of {jax.process_count()} processes; "
+            f"expected all, such as --config.mesh.data={jax.device_count()}."
         )
     if needed == 1:
         return None

@@ -122,5 +122,7 @@ def _check(batch_size: int, max_length: int, share: np.ndarray | None, limit: in
         raise ValueError(
             f"batch_size={batch_size}, max_length={max_length}, limit={limit}; expected at least 1, 2 and 1."
         )
-    if share is not None and not (len(share) and 0 <= share.min() and share.max() < batch_size):
-        raise ValueError(f"share={share}: expected rows of a batch, at least one of 0 to batch_size - 1 = {batch_size - 1}.")
+    if share is not None and not (len(share) and share.min() >= 0 and share.max() < batch_size):
+        raise ValueError(
+            f"share={share}: expected rows of a batch, at least one of 0 to batch_size - 1 = {batch_size - 1}."
+        )
