@@ -31,11 +31,19 @@ BOUND = 150  # seconds; the coordination service gives up on a process after 100
 class Processes:
     """Several processes of one run, started; each has ``devices`` CPU devices."""
 
-    def __init__(self, root: pathlib.Path, workdir: str, count: int, devices: int, **mesh: int):
-        fields = FIELDS | {f"mesh.{axis}": size for axis, size in mesh.items()}
-        command = [sys.executable, "-m", "train.finetune", f"--config={HERE / 'tiny_config.py'}:{root}"]
-        command += [
-            f"--config.workdir={root / workdir}",
+    def __init__(
+        self, root: pathlib.Path, workdir: str, count: int, devices: int, pretrain: dict | None = None, **mesh: int
+    ):
+        tune = ["train.finetune", f"--config={HERE / 'tiny_config.py'}:{root}"]
+        module, config = tune if pretrain is None else ["train.pretrain", "--config=configs/pretrain.py:dual_galore"]
+        fields = (
+            {"workdir": root / workdir} | (pretrain or FIELDS) | {f"mesh.{axis}": size for axis, size in mesh.items()}
+        )
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            config,
             *(f"--config.{name}={value}" for name, value in fields.items()),
         ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(root / "cache")}
@@ -101,7 +109,9 @@ def _assert_same_run(found: pathlib.Path, whole: pathlib.Path) -> None:
     ours, theirs = _adapter(found), _adapter(whole)
     assert ours.keys() == theirs.keys()
     for name, leaf in theirs.items():
-        np.testing.assert_allclose(ours[name], leaf, atol=1e-5, err_msg=name)
+        # The singular vectors that LaMDA freezes as "a" are computed on the mesh of the start; other meshes were seen to differ by 8e-6,
+        # and leaves that follow from the vectors and from training by 2e-6.
+        np.testing.assert_allclose(ours[name], leaf, atol=2e-5 if name.endswith("/a") else 5e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +130,29 @@ def test_two_processes_train_the_same_bits_as_one(place):
         assert (place / "two" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
     results = [json.loads((place / name / "result.json").read_text()) for name in ("two", "whole")]
     assert results[0]["scores"] == results[1]["scores"]
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain_the_same_bits_as_one(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(tiny.WORDS[(i * j) % 50] for j in range(12)) for i in range(200)))
+    small = {"hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 2}
+    fields = {f"model.{name}": size for name, size in small.items()} | {"method.rank": 4, "method.refresh_every": 4}
+    fields |= {"data.name": "text", "data.directory": text, "data.max_length": 16, "tokenizer.vocab_size": 300}
+    fields |= {
+        "steps": 8,
+        "batch_size": 4,
+        "eval_batch_size": 4,
+        "eval_every": 0,
+        "checkpoint_every": 4,
+        "log_every": 2,
+    }
+    for name, count, devices in (("one", 1, 2), ("two", 2, 1)):
+        _finished(Processes(tmp_path, name, count, devices, fields, fsdp=2))
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["loss"] == results[1]["loss"] and results[0]["tokens"] == results[1]["tokens"] > 0
+    for name in ("model/model.safetensors", "model/tokenizer.json", "metrics.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 @pytest.mark.slow
