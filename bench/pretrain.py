@@ -94,7 +94,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["corpus"] for row in rows))
-    figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
+    figure = Figure(figsize=(7 * len(names), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, corpus in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for n, row in enumerate(sorted((r for r in rows if r["corpus"] == corpus), key=lambda r: r["loss"])):
@@ -102,7 +102,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
             axes.plot(*zip(*row["curve"], strict=True), style, label=f"{row['recipe']} {row['loss']:.3f}")
         axes.set(title=corpus, xlabel="update (1,016 learned tokens each)", ylabel="validation loss, nats a token")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(RESULTS / "pretrain.png", dpi=110, metadata={"Software": None})
 
 

@@ -1,6 +1,6 @@
 """Low-rank adaptation for JAX and Flax."""
 
-from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning
+from lowrank_jax import dual_galore, linen, loram, lt_sft, methods, nnx, optim, peft, self_tuning, shard
 from lowrank_jax.adapters import (
     Adapters,
     add,
@@ -86,6 +86,7 @@ __all__ = [
     "fixed_point",
     "pareto_direction",
     "self_tuning",
+    "shard",
     "Adapters",
     "Bank",
     "Conversion",

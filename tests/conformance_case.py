@@ -27,13 +27,14 @@ class Case:
     bridge: str
     kind: str
     layout: str
+    devices: tuple[int, int, int] = (2, 2, 2)
 
     def __str__(self) -> str:
         return f"{self.row.name}-{self.bridge}-{self.kind}-{self.layout}"
 
     @functools.cached_property
     def model(self) -> Model:
-        return build(self.bridge, self.kind, self.layout)
+        return build(self.bridge, self.kind, self.layout, self.devices)
 
     @functools.cached_property
     def plan(self) -> lr.Plan:

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding
 
 import lowrank_jax as lr
 import lowrank_jax.nnx
+from lowrank_jax import shard
 from lowrank_jax.sites import flatten, with_leaves
 
 BRIDGES = ("linen", "nnx")
@@ -34,10 +34,10 @@ VOCAB, WIDTH, LAYERS = 12, 8, 2
 IDS = jax.random.randint(jax.random.key(5), (4, 5), 0, VOCAB)
 X = jax.random.normal(jax.random.key(6), (4, 5, WIDTH))
 SPECS = {
-    "embed/embedding": P("tensor", "fsdp"),
-    "layers/split/kernel": P(None, "fsdp", "tensor", None),
-    "layers/join/kernel": P(None, "tensor", None, "fsdp"),
-    "conv/kernel": P(None, "fsdp", "tensor"),
+    "embed/embedding": ("tensor", "fsdp"),
+    "layers/split/kernel": (None, "fsdp", "tensor", None),
+    "layers/join/kernel": (None, "tensor", None, "fsdp"),
+    "conv/kernel": (None, "fsdp", "tensor"),
 }
 
 
@@ -163,25 +163,21 @@ def canonical_params(kind: str) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def build(bridge: str, kind: str, layout: str = "plain") -> Model:
-    """The model of a kind in a layout through a bridge, with the canonical weights."""
+def build(bridge: str, kind: str, layout: str = "plain", devices: tuple[int, int, int] = (2, 2, 2)) -> Model:
+    """The model of a kind in a layout through a bridge, with the canonical weights; ``devices``: along the axes of the mesh."""
     args = (IDS if kind in ("embed", "tied", "mixed") else X,)
     lay = functools.partial(_lay, bridge=bridge, stacked=layout in STACKED)
     flat = lay(canonical_params(kind))
     if layout == "bf16":
         flat = {path: leaf.astype(jnp.bfloat16) for path, leaf in flat.items()}
     if layout == "mesh":
-        mesh = make_mesh()
-        flat = {p: jax.device_put(leaf, NamedSharding(mesh, SPECS.get(p, P()))) for p, leaf in flat.items()}
-        args = tuple(jax.device_put(x, NamedSharding(mesh, P("data"))) for x in args)
+        mesh = shard.mesh(dict(zip(("data", "fsdp", "tensor"), devices, strict=True)))
+        lay_out = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, shard.fitted(leaf.shape, spec, mesh)))  # noqa: E731
+        flat = {p: lay_out(leaf, SPECS.get(p, (None,) * leaf.ndim)) for p, leaf in flat.items()}
+        args = tuple(lay_out(x, ("data", *(None,) * (x.ndim - 1))) for x in args)
     if bridge == "linen":
         return _linen(LinenModel(kind, layout), flat, args, lay)
     return _nnx(NnxModel(kind, layout, nnx.Rngs(0)), flat, args, lay)
-
-
-def make_mesh() -> jax.sharding.Mesh:
-    """Eight devices; Auto axes, under which unmodified Flax models run."""
-    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def _linen(model: nn.Module, flat: Mapping[str, Any], args: tuple, lay: Any) -> Model:

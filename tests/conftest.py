@@ -20,6 +20,10 @@ _MAPS = pathlib.Path("/proc/self/maps")
 _MANY = 20_000  # Linux allows a process 65,530 by default
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-mesh", action="store_true", help="every method on every division of eight devices")
+
+
 @pytest.fixture(autouse=True)
 def _few_compiled_programs():
     """Every program that XLA compiles on a CPU keeps memory mappings; when they run out the compiler crashes."""

@@ -1,7 +1,6 @@
 """Any method as a LoRA: exact where the form is low-rank, the nearest LoRA of a rank elsewhere, or a clear refusal."""
 
 import conformance
-import conformance_models as models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from one_layer import PATH, adapt, delta, kernel, params_of
 
 import lowrank_jax as lr
-from lowrank_jax import checkpoint
+from lowrank_jax import checkpoint, shard
 from lowrank_jax.forms import UnsupportedError
 from lowrank_jax.sites import flatten
 
@@ -236,7 +235,7 @@ def test_converted_adapters_save_load_and_export(tmp_path):
 
 
 def test_leaves_lie_on_the_mesh_beside_their_kernels():
-    mesh = models.make_mesh()
+    mesh = shard.mesh({"data": 2, "fsdp": 2, "tensor": 2})
     params = {"layer": {"kernel": jax.device_put(WEIGHT, NamedSharding(mesh, P("fsdp", "tensor")))}}
     adapters = lr.init(jax.random.key(0), params, lr.plan(params, {"layer": lr.full()}))
     leaves = lr.to_lora(params, adapters, 2).adapters.sites[PATH]

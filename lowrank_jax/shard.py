@@ -1,0 +1,148 @@
+"""Where the weights of any model lie on a device mesh: by the names of their axes, by their shapes, or by pattern.
+
+Only the base needs a layout. Adapters, their anchors and an optimizer's state inherit from the kernel they belong to (`lowrank_jax.init`
+reads the shardings of the parameters), so that nothing else has to be said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank_jax.sites import Site, flatten, hits, sites, with_leaves
+
+AXES = ("data", "fsdp", "tensor", "expert")
+# Megatron's division: the wide side of every projection over 'tensor', the model's width over 'fsdp'.
+RULES: Mapping[str, str] = MappingProxyType(
+    {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
+)
+_REPLICATED_BELOW = 2**12  # numbers; a collective for less costs more than the copy
+
+
+class ShardingError(ValueError):
+    """A mesh that the devices do not allow, or a layout that a weight does not allow."""
+
+
+def mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes 'data', 'fsdp', 'tensor' and 'expert'.
+
+    Args:
+      sizes: of the axes; an axis that is not named has size 1. devices: the first of them are taken; None: all there are.
+
+    Returns:
+      A mesh whose axes are of type Auto, under which unmodified Flax models run.
+
+    Raises:
+      ShardingError: an unknown axis, a size below 1, or more devices than there are.
+
+    Example:
+      >>> dict(mesh({"fsdp": 1}).shape)
+      {'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1}
+    """
+    if unknown := [axis for axis in sizes if axis not in AXES]:
+        raise ShardingError(f"mesh axis {unknown[0]!r}: expected {', '.join(AXES)}.")
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if min(shape) < 1:
+        raise ShardingError(f"mesh {dict(sizes)}: expected sizes of at least 1.")
+    devices, needed = list(jax.devices() if devices is None else devices), math.prod(shape)
+    if needed > len(devices):
+        raise ShardingError(f"mesh {dict(sizes)} needs {needed} devices; {len(devices)} are there.")
+    if isinstance(devices[0], jax.Device) and devices[0].client is jax.devices()[0].client:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    grid = np.array(devices[:needed], dtype=object).reshape(shape)  # devices that are described only
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def layout(
+    params: Any,
+    mesh: Mesh,
+    *,
+    names: Any = None,
+    rules: Mapping[str, str] = RULES,
+    overrides: Mapping[str, Sequence[str | None]] = MappingProxyType({}),
+    sites: Mapping[str, Site] | None = None,
+) -> Any:
+    """A NamedSharding for every parameter.
+
+    By names, where the model gives its axes names (`lowrank_jax.models.logical_axes`); otherwise by shape: of a matrix the longer side lies
+    over 'tensor' and the other over 'fsdp', the first axis of a stack of experts over 'expert', layers of a scan stay together, and what
+    is neither (biases, norms, small weights) is replicated. An axis that a mesh axis does not divide stays whole.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs.
+      names: a tree of the same structure, one name or None an axis; None: by shape. rules: ``{name: mesh axis}``.
+      overrides: ``{pattern: (mesh axis or None, ...)}`` for the paths that match, one entry an axis of the weight; the later wins.
+      sites: the roles of the axes, from `lowrank_jax.linen.sites` or `lowrank_jax.nnx.sites`; None: what the parameters alone tell.
+
+    Returns:
+      A tree like ``params`` of NamedShardings, for `jax.device_put`, `jax.jit` or ``abstract`` arrays.
+
+    Raises:
+      ShardingError: an override of the wrong length, with an axis that the mesh does not have, or that does not divide the weight.
+      ValueError: an override that matches nothing; names the nearest paths.
+
+    Example:
+      >>> weights = {"up": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}}
+      >>> layout(weights, mesh({"tensor": 1}))["up"]["kernel"].spec
+      P('fsdp', 'tensor')
+      >>> layout(weights, mesh({}), overrides={"up": (None, "data")})["up"]["kernel"].spec
+      P(None, 'data')
+    """
+    flat = flatten(params)
+    if names is None:
+        roles = _sites(params) if sites is None else sites
+        specs = {path: _by_shape(leaf.shape, roles.get(path)) for path, leaf in flat.items()}
+    else:
+        leaves = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple))
+        specs = {
+            path: tuple(rules.get(name) if name else None for name in axes)
+            for path, axes in zip(flat, leaves, strict=True)
+        }
+    shardings = {path: NamedSharding(mesh, fitted(flat[path].shape, spec, mesh)) for path, spec in specs.items()}
+    for pattern, spec in overrides.items():
+        for path in hits(f"overrides={{{pattern!r}: ...}}", pattern, flat):
+            shardings[path] = NamedSharding(mesh, _checked(pattern, path, flat[path].shape, spec, mesh))
+    return with_leaves(params, shardings)
+
+
+def fitted(shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    """A PartitionSpec for an array of this shape, without the mesh axes that do not divide it or that the mesh does not have."""
+    return PartitionSpec(
+        *(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec, strict=True))
+    )  # fmt: skip
+
+
+_sites = sites
+
+
+def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[str | None, ...]:
+    spec: list[str | None] = [None] * len(shape)
+    if site is None or site.kind == "param" or math.prod(shape) < _REPLICATED_BELOW:
+        return tuple(spec)
+    wide, narrow = (site.outputs, site.inputs) if site.n_out >= site.n_in else (site.inputs, site.outputs)
+    spec[wide[0]], spec[narrow[0]] = "tensor", "fsdp"
+    for axis in [axis for axis in site.batch if axis not in site.scanned][:1]:
+        spec[axis] = "expert"
+    return tuple(spec)
+
+
+def _checked(pattern: str, path: str, shape: tuple[int, ...], spec: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    field = f"overrides={{{pattern!r}: {tuple(spec)}}}"
+    if len(spec) != len(shape):
+        raise ShardingError(
+            f"{field}: {path} has shape {shape}; expected one mesh axis or None for each of its {len(shape)} axes."
+        )
+    for size, axis in zip(shape, spec, strict=True):
+        if axis is not None and axis not in mesh.shape:
+            raise ShardingError(f"{field}: the mesh has no axis {axis!r}; its axes are {', '.join(mesh.axis_names)}.")
+        if axis is not None and size % mesh.shape[axis]:
+            raise ShardingError(
+                f"{field}: {path} has shape {shape}, whose {size} the {mesh.shape[axis]} devices of {axis!r} do not divide."
+            )
+    return PartitionSpec(*spec)

@@ -1,0 +1,69 @@
+"""Twenty updates on every division of eight devices end where one device's do.
+
+Every method of the conformance table takes a turn with the ten divisions, LaMDA takes all; ``--every-mesh`` runs the whole
+product (an hour on two cores).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conformance_case import case_of
+from conformance_methods import METHODS
+
+import lowrank_jax as lr
+
+STEPS = 20
+DIVISIONS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
+ALWAYS = ("lamda",)
+
+
+def pytest_generate_tests(metafunc):
+    every = metafunc.config.getoption("--every-mesh")
+    chosen = [
+        (row, sizes)
+        for number, row in enumerate(METHODS)
+        for n, sizes in enumerate(DIVISIONS)
+        if every or row.name in ALWAYS or n == number % len(DIVISIONS)
+    ]
+    metafunc.parametrize(("row", "sizes"), chosen, ids=[f"{row.name}-{'x'.join(map(str, s))}" for row, s in chosen])
+
+
+def test_twenty_updates_agree_with_one_device(row, sizes):
+    loss, train = _run(row, sizes)
+    one_loss, one = _run(row, None)
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    assert len(set(one_loss)) > STEPS / 2  # it learns
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(train), jax.tree.leaves(one), strict=True):
+        scale = max(np.abs(want).max(), 1e-3)
+        assert np.abs(np.asarray(got, np.float64) - want).max() <= 1e-4 * scale, path
+
+
+@functools.lru_cache(maxsize=2)
+def _run(row, sizes):
+    """Losses and trained leaves; ``sizes`` None: on one device."""
+    case = case_of(row, "linen", "mixed", "remat") if sizes is None else case_of(row, "linen", "mixed", "mesh", sizes)
+    # Adam divides by the gradient's size: an eps above rounding keeps what should not move from moving by rounding's sign.
+    tx = lr.optim.with_methods(optax.adamw(1e-2, eps=1e-3, weight_decay=0.1), case.plan, total_steps=STEPS)
+    assert case.signals is not None  # made here, not inside the trace
+    (train, frozen), losses = lr.partition(case.moved()), []
+    state = tx.init(train)
+
+    def step(train, state, frozen, params):
+        loss, gradient = jax.value_and_grad(case.loss)(train, frozen, params)
+        updates, state = tx.update(gradient, state, train)
+        return optax.apply_updates(train, updates), state, loss
+
+    pinned = None if sizes is None else jax.tree.map(lambda x: x.sharding, train)
+    step = jax.jit(step, out_shardings=(pinned, None, None))
+    for _ in range(STEPS):
+        train, state, loss = step(train, state, frozen, case.model.params)
+        losses.append(float(loss))
+    if sizes is not None:
+        assert jax.tree.map(lambda x: x.sharding, train) == pinned
+    return losses, jax.tree.map(lambda x: np.asarray(x, np.float64), train)
