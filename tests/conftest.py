@@ -7,6 +7,8 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# XLA's threads. With one a device, its default on a small machine, devices that wait for each other can wait for ever.
+os.environ.setdefault("NPROC", "16")
 # Tests compile much and run little: leaving LLVM's slow passes out saves a third of their time.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",

@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from train import processes
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of errors in the input, too.")
 _EXPECTED = (
     ValueError,
@@ -24,8 +26,12 @@ _EXPECTED = (
 _OURS = ("lowrank_jax", "train", "configs", "__main__")
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Parses the flags and runs ``main``; an error that this project raised about its input ends in one line and exit status 2."""
+def run(main: Callable[[], Any], several: bool = False) -> None:
+    """Parses the flags and runs ``main``; an error that this project raised about its input ends in one line and exit status 2.
+
+    Args:
+      several: the command may be one of several processes, see `train.processes.start`.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -40,6 +46,11 @@ def run(main: Callable[[], Any]) -> None:
                 raise
             _exit(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
 
+    if several:
+        try:
+            processes.start()  # before the flags, as a file that --config names may use JAX
+        except (RuntimeError, ValueError) as error:
+            _exit(str(error))
     try:
         app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:
@@ -102,4 +113,4 @@ def _use_compilation_cache() -> None:
 
 def _exit(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    processes.leave(2)

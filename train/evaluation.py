@@ -12,6 +12,7 @@ import numpy as np
 
 import lowrank_jax as lr
 from lowrank_jax import models
+from lowrank_jax.hosts import on_host
 from train import scores, sharding
 from train.data import Loader
 from train.job import Job
@@ -25,12 +26,13 @@ _DECIDES = {"classification": ("accuracy", 1), "regression": ("pearson", 1), "ca
 def forward(job: Job) -> Forward:
     """The compiled part: ``(params, adapters or None, batch) -> per-row outputs``. Make it once; it keeps its compilations."""
 
-    @jax.jit
     def run(params: Any, adapters: lr.Adapters | None, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         apply = job.model.apply if adapters is None else lr.linen.adapted(job.model, adapters)
-        return job.task.outputs(job.task.logits(apply, {"params": params}, batch, None), batch)
+        outputs = job.task.outputs(job.task.logits(apply, {"params": params}, batch, None), batch)
+        return outputs | {name: batch[name] for name in ("valid", "label") if name in batch}
 
-    return run
+    # Every process scores all rows, those too that others read.
+    return jax.jit(run, out_shardings=None if job.mesh is None else sharding.everywhere(job.mesh))
 
 
 def evaluate(job: Job, run: Forward, params: Any, adapters: lr.Adapters | None, loader: Loader) -> dict[str, float]:
@@ -72,9 +74,8 @@ def merit(job: Job, result: dict[str, float]) -> float:
 def _collect(job: Job, run: Forward, params: Any, adapters: Any, loader: Loader) -> dict[str, np.ndarray]:
     parts: list[dict[str, Any]] = []
     for batch in loader.evaluation_batches():
-        kept = {k: batch[k] for k in ("valid", "label") if k in batch}
-        inputs = {k: v for k, v in batch.items() if k not in ("valid", "index")}
-        parts.append(run(params, adapters, sharding.put_batch(inputs, job.mesh)) | kept)
+        inputs = {name: value for name, value in batch.items() if name != "index"}
+        parts.append(run(params, adapters, sharding.put_batch(inputs, job.mesh)))
     host = [jax.tree.map(np.asarray, part) for part in parts]
     return {name: np.concatenate([part[name][part["valid"]] for part in host]) for name in host[0]}
 
@@ -97,9 +98,10 @@ def exact_match(job: Job, params: Any, adapters: lr.Adapters | None, loader: Loa
         mask[:, -1] = True  # rows that only fill up the batch still need one token
         for i, (prompt, _) in enumerate(chosen):
             tokens[i, width - len(prompt) :], mask[i, width - len(prompt) :] = prompt, True
-        out = models.generate(model, merged, jnp.asarray(tokens), attention_mask=jnp.asarray(mask),
+        prompts, mask = sharding.spread((jnp.asarray(tokens), jnp.asarray(mask)), job.mesh)
+        out = models.generate(model, merged, prompts, attention_mask=mask,
                               max_new_tokens=job.config.max_new_tokens, eos_token_id=ends, pad_token_id=job.tokenizer.pad_id)  # fmt: skip
-        for made, (_, wanted) in zip(np.asarray(out)[:, width:], chosen, strict=False):
+        for made, (_, wanted) in zip(on_host(out)[:, width:], chosen, strict=False):
             right += scores.answer(job.tokenizer.decode(made)) == scores.answer(job.tokenizer.decode(wanted))
     return right / max(len(examples), 1)
 

@@ -19,7 +19,7 @@ from lowrank_jax.models.gguf import is_gguf
 from lowrank_jax.models.gguf_load import load_gguf
 from lowrank_jax.models.tokenizer import Tokenizer, load_tokenizer
 from train import config as configs
-from train import data, sharding, tasks
+from train import data, processes, sharding, tasks
 from train.data import Loader
 from train.statistics import before_init, before_plan
 
@@ -73,15 +73,16 @@ def load(config: ml_collections.ConfigDict, *, training: bool = True) -> Job:
       ConfigError, ValueError: a field, a method, a model or data that does not fit; see the message.
     """
     configs.check(config)
-    source = locate(config.model.source)
-    tokenizer = load_tokenizer(tokenizer_path(source))
-    train = (
-        _data(config, config.data.train_split, tokenizer, config.batch_size, config.data.limit) if training else None
-    )
-    evaluation = _data(config, config.data.eval_split, tokenizer, config.eval_batch_size, config.data.eval_limit)
-    test = (
-        _data(config, config.data.test_split, tokenizer, config.eval_batch_size, 0) if config.data.test_split else None
-    )
+    mesh = sharding.make_mesh(config.mesh)
+    with processes.one_first("data"):
+        tokenizer = load_tokenizer(tokenizer_path(locate(config.model.source)))
+        train, test = None, None
+        if training:
+            train = _data(config, config.data.train_split, tokenizer, config.batch_size, config.data.limit, mesh)
+        size = config.eval_batch_size
+        evaluation = _data(config, config.data.eval_split, tokenizer, size, config.data.eval_limit, mesh)
+        if config.data.test_split:
+            test = _data(config, config.data.test_split, tokenizer, size, 0, mesh)
     model = load_model(config, evaluation.num_labels)
     task, plan, statistics = make_task(config, evaluation), lr.Plan(()), None
     if train is not None:
@@ -108,8 +109,8 @@ def load_model(config: ml_collections.ConfigDict, num_labels: int = 0) -> Model:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model's table {loaded.config.vocab_size}: they do not belong together."
         )
+    base = base_reference(str(config.model.source), loaded.params, exclude=loaded.fresh)
     params = sharding.place(loaded.params, loaded.config, mesh)
-    base = base_reference(str(config.model.source), params, exclude=loaded.fresh)
     return Model(loaded.model, params, loaded.config, tokenizer, base, mesh)
 
 
@@ -180,10 +181,13 @@ def _model(config: ml_collections.ConfigDict, source: pathlib.Path | str, num_la
     return loaded._replace(config=computing, model=models.build(computing))
 
 
-def _data(config: ml_collections.ConfigDict, split: str, tokenizer: Tokenizer, batch_size: int, limit: int) -> Loader:
+def _data(
+    config: ml_collections.ConfigDict, split: str, tokenizer: Tokenizer, batch_size: int, limit: int, mesh: Any
+) -> Loader:
     return data.load(
         config.data.name, split, tokenizer, task=config.task, batch_size=batch_size, max_length=config.data.max_length,
         seed=config.seed, directory=config.data.directory or None, pack=config.data.pack, chat=config.data.chat, limit=limit or None,
+        share=sharding.share(mesh, batch_size),
     )  # fmt: skip
 
 

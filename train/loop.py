@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
 
 import lowrank_jax as lr
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, save_adapter
+from lowrank_jax.hosts import leads
 from train import config as configs
 from train import evaluation, job, optimizer, report, sharding
 from train.metrics_log import Bar, MetricsLog
+from train.processes import Stopped, Termination
 from train.step import State, Stepper, peak_bytes, start
 
 
@@ -64,11 +66,13 @@ class _Place:
 def run(config: ml_collections.ConfigDict) -> Result:
     """Trains what a configuration describes, going on from the newest checkpoint in its workdir if there is one.
 
-    A run that was killed at any moment and started again ends with the same bits as one that was not.
+    A run that was killed at any moment and started again ends with the same bits as one that was not. It may go on on another mesh and
+    with another number of processes. All of them call this; they share the file system of the workdir, where process 0 writes.
 
     Raises:
       ConfigError, ValueError: see the message. TrainingError: the loss is not finite.
       CheckpointError: the workdir holds another run, or its newest checkpoint is damaged.
+      Stopped: SIGTERM came to one of the processes; a checkpoint is saved.
     """
     return train(job.load(config))
 
@@ -78,13 +82,14 @@ def train(job: job.Job) -> Result:
     config, total = job.config, job.total_steps
     directory = configs.workdir(config)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(configs.to_json(config) + "\n")
-    (directory / "plan.txt").write_text(f"{job.plan}\n")
+    if leads():
+        (directory / "config.json").write_text(configs.to_json(config) + "\n")
+        (directory / "plan.txt").write_text(f"{job.plan}\n")
     initial = lr.init(jax.random.key(config.seed), job.params, job.plan, statistics=job.statistics)
     with Checkpoints(directory / "checkpoints", job.base, job.plan, config.keep) as checkpoints:
         session = _Session(job, directory, checkpoints, initial)
-        with Bar(total, session.place.step, job.task.unit) as bar:
-            session.train(bar)
+        with Bar(total, session.place.step, job.task.unit) as bar, Termination() as termination:
+            session.train(bar, termination)
         checkpoints.wait()
         kept = session.kept()
     return _finish(job, directory, session, kept)
@@ -99,13 +104,12 @@ class _Session:
         self.tx = optimizer.make(job.config, job.plan, job.total_steps)
         self.phases = job.plan.phases(job.total_steps)
         self.forward = evaluation.forward(job)
-        self.place, position, adapters, state = self._restore(initial)
-        adapters = sharding.spread(adapters, job.mesh)
+        self.place, position, adapters, state = self._restore(sharding.spread(initial, job.mesh))
         self.params, folded = lr.fold(job.params, adapters) if job.config.fold else (job.params, adapters)
         train, self.frozen = lr.partition(folded, max(self.place.step - 1, 0), job.total_steps)
         place, state = self.place, self.tx.init(train) if state is None else state
         self.state = start(train, state, place.step, place.loss, place.weight, job.mesh)
-        self.batches = job.train.iterator(position)
+        self.batches, self.times = job.train.iterator(position), job.train.times
         self.log = MetricsLog(directory, self.place.step)
         self.scores: dict[str, float] = {}
 
@@ -121,11 +125,15 @@ class _Session:
             )
         # The checkpoint of a step belongs to the phase that ended with it.
         train, _ = lr.partition(initial, max(step - 1, 0), total)
-        restored = self.checkpoints.restore(initial, self.tx.init(train))
+        restored = self.checkpoints.restore(initial, sharding.spread(self.tx.init(train), self.job.mesh))
         return _Place(**saved["place"]), saved["data"], restored.adapters, restored.optimizer
 
-    def train(self, bar: Bar) -> None:
-        """Makes the updates that are left."""
+    def train(self, bar: Bar, termination: Termination) -> None:
+        """Makes the updates that are left.
+
+        Raises:
+          Stopped: asked to; a checkpoint is saved.
+        """
         config, place, total = self.job.config, self.place, self.job.total_steps
         if place.step:
             bar.say(f"going on from step {place.step} of {total}")
@@ -149,14 +157,25 @@ class _Session:
             if due(place.step, config.log_every, last):
                 self._check()
                 seconds = time.perf_counter() - began
-                self._report(bar, units / seconds)
+                self._report(bar, units * self.times / seconds)
                 place.seconds, units, began = place.seconds + seconds, 0, time.perf_counter()
             if evaluating or saving:
                 self._check()
                 score = self._evaluate(bar) if evaluating else None
                 place.seconds, units, began = place.seconds + time.perf_counter() - began, 0, time.perf_counter()
                 self._save(score)
+            if termination.asked(place.step) and not last:
+                self._stop(bar, saved=evaluating or saving)
         self.log.close()
+
+    def _stop(self, bar: Bar, saved: bool) -> NoReturn:
+        if not saved:
+            self._check()
+            self._save(None)
+        self.checkpoints.wait()
+        self.log.close()
+        bar.say(f"stopped by SIGTERM; step {self.place.step} is saved, and the same command goes on from there")
+        raise Stopped
 
     def _stopped(self) -> bool:
         return 0 < self.job.config.patience <= self.place.stale
@@ -171,6 +190,7 @@ class _Session:
 
     def _check(self) -> None:
         if not bool(self.state.ok):
+            self.checkpoints.wait()
             good = self.checkpoints.steps
             raise TrainingError(
                 f"The loss or its gradient is not finite at step {int(self.state.step) + 1}. "
@@ -243,8 +263,9 @@ def _finish(job: job.Job, directory: pathlib.Path, session: _Session, kept: tupl
         trainable_end=job.plan.count(job.total_steps - 1, job.total_steps), peak_bytes=session.peak, seconds=session.place.seconds,
         adapter=saved, adapter_bytes=sum(file.stat().st_size for file in saved.iterdir()), workdir=directory,
     )  # fmt: skip
-    report.write(job, out)
+    if leads():
+        report.write(job, out)
     return out
 
 
-__all__ = ["Result", "State", "TrainingError", "run", "train"]
+__all__ = ["Result", "State", "Stopped", "TrainingError", "run", "train"]

@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lowrank_jax.hosts import leads
+
 
 class MetricsLog:
-    """Writes numbers by step to ``metrics.jsonl`` and ``tensorboard/`` in the run's directory.
+    """Writes numbers by step to ``metrics.jsonl`` and ``tensorboard/`` in the run's directory. Of several processes the first writes.
 
     Args:
       directory: exists. step: the step a run goes on from: lines after it, of steps that will be made again, are removed.
@@ -23,6 +25,9 @@ class MetricsLog:
     def __init__(self, directory: pathlib.Path, step: int = 0):
         from tensorboardX import SummaryWriter
 
+        self._writes = leads()
+        if not self._writes:
+            return
         self._file = directory / "metrics.jsonl"
         _rewrite(self._file, [row for row in read(self._file) if row["step"] <= step])
         self._stream = self._file.open("a")
@@ -30,14 +35,17 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line; names such as 'train/loss'."""
+        if not self._writes:
+            return
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._stream.close()
-        self._board.close()
+        if self._writes:
+            self._stream.close()
+            self._board.close()
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
@@ -60,10 +68,10 @@ def _rewrite(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Bar:
-    """A progress line on stderr: a live bar on a terminal, one line a report where the output is a file."""
+    """A progress line on stderr: a live bar on a terminal, one line a report where the output is a file; by process 0 alone."""
 
     def __init__(self, total: int, step: int, unit: str):
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not leads())
         self._unit, self._total = unit, total
         self._live = self.console.is_terminal
         columns = (TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"),

@@ -17,12 +17,18 @@ from lowrank_jax.models import logical_axes
 
 
 def make_mesh(sizes: ml_collections.ConfigDict) -> Mesh | None:
-    """A mesh of the given sizes over the first devices; None where one device is enough.
+    """A mesh of the given sizes over the first devices of all processes; None where one device is enough.
 
     Raises:
-      ShardingError: more devices asked for than there are.
+      ShardingError: more devices asked for than there are, or of several processes not all.
     """
-    return None if math.prod(sizes.values()) == 1 else shard.mesh(sizes)
+    needed = math.prod(sizes.values())
+    if jax.process_count() > 1 and needed != jax.device_count():
+        raise shard.ShardingError(
+            f"config.mesh={dict(sizes)} is for {needed} of the {jax.device_count()} devices of {jax.process_count()} processes; "
+            f"expected all, such as --config.mesh.data={jax.device_count()}."
+        )
+    return None if needed == 1 else shard.mesh(sizes)
 
 
 @contextlib.contextmanager
@@ -39,14 +45,41 @@ def place(params: Any, config: Any, mesh: Mesh | None) -> Any:
     """Parameters of one of our models laid over the mesh by their logical axes; an axis that does not divide stays whole."""
     if mesh is None:
         return params
-    return jax.device_put(params, shard.layout(params, mesh, names=logical_axes(config)))
+    return jax.tree.map(put, params, shard.layout(params, mesh, names=logical_axes(config)))
+
+
+def put(leaf: Any, where: NamedSharding) -> jax.Array:
+    """An array that every process holds in full, or that is on the devices already, laid out anew."""
+    if jax.process_count() == 1 or isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, where)
+    # device_put would have the processes compare the values of every single array first.
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def share(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """The rows of a global batch that this process has to read, ascending; several processes may read the same.
+
+    Example:
+      >>> share(None, 4).tolist()
+      [0, 1, 2, 3]
+    """
+    if mesh is None:
+        return np.arange(rows)
+    parts = _by_rows(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """A batch with its rows dealt out over 'data' and 'fsdp'."""
+    """A batch with its rows dealt out over 'data' and 'fsdp', from every process's `share`."""
     if mesh is None:
         return dict(batch)
-    return {k: jax.device_put(v, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) for k, v in batch.items()}
+    return {k: jax.make_array_from_process_local_data(_by_rows(mesh), v) for k, v in batch.items()}
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def spread(tree: Any, mesh: Mesh | None) -> Any:
@@ -54,8 +87,11 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
 
-    def put(leaf: Any) -> Any:
-        there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if there else jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+    def there(leaf: Any) -> bool:
+        return isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(lambda leaf: leaf if there(leaf) else put(leaf, everywhere(mesh)), tree)
+
+
+def _by_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 import lowrank_jax as lr
+from lowrank_jax.hosts import wait
 from train import gradients, sharding
 from train.job import Job
 from train.tasks import Task
@@ -67,6 +68,8 @@ class Stepper:
             shardings = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, state)
             jitted = jax.jit(self._update, donate_argnums=0, out_shardings=shardings)
             self.compiled[key] = jitted.lower(state, frozen, params, inputs).compile()
+            # Processes compile at their own pace; collectives on CPUs wait for half a minute only.
+            wait("compilation of an update")
         return self.compiled[key](state, frozen, params, inputs)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run (Orbax, asynchronous) and small adapter directories (safetensors and JSON).
 
+checksum        whether what is read back is what was saved
 reference       what a saved thing belongs to: a base, by name and content
 store           steps of a run on the disk, whatever it trains
 adapter_run     the same for a run that trains an adapter: its base is named, never stored

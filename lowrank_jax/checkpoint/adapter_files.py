@@ -8,11 +8,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters import Adapters
 from lowrank_jax.checkpoint.reference import Base, CheckpointError, check_base
 from lowrank_jax.files import write_directory
+from lowrank_jax.hosts import leads, on_host, wait
 from lowrank_jax.plan import from_config
 from lowrank_jax.sites import flatten
 
@@ -24,6 +26,8 @@ def save_adapter(
     directory: os.PathLike[str] | str, adapters: Adapters, base: Base, extra: Mapping[str, Any] | None = None
 ) -> pathlib.Path:
     """Writes an adapter as a small directory: its leaves as safetensors, its plan as JSON. Equal adapters give equal bytes.
+
+    Of several processes all call, the first writes, and all return when it has.
 
     Args:
       directory: appears when it is complete; one that exists is replaced. base: what it was trained on.
@@ -39,11 +43,15 @@ def save_adapter(
     out = pathlib.Path(directory).absolute()
     record = {"format": _FORMAT, "base": base._asdict(), "plan": adapters.plan.to_config(), "extra": dict(extra or {})}
 
+    leaves = jax.tree.map(on_host, flatten({"sites": adapters.sites, "shared": adapters.shared}))
+
     def fill(folder: pathlib.Path) -> None:
-        save_safetensors(folder / _WEIGHTS, flatten({"sites": adapters.sites, "shared": adapters.shared}))
+        save_safetensors(folder / _WEIGHTS, leaves)
         (folder / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
-    write_directory(out, fill)
+    if leads():
+        write_directory(out, fill)
+    wait("adapter")
     return out
 
 

@@ -52,8 +52,8 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._store.close()
+    def __exit__(self, *exc_info: Any) -> None:
+        self._store.__exit__(*exc_info)
 
     @property
     def steps(self) -> list[int]:

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.checkpoint.reference import CheckpointError, tree_hash
+from lowrank_jax.checkpoint.checksum import checksum
+from lowrank_jax.checkpoint.reference import CheckpointError
 from lowrank_jax.sites import flatten
 
 
 class Store:
     """The checkpoints of one run in a directory: the newest few and the best. A context manager.
 
-    A checkpoint is visible when it is complete and never before; what a killed process left behind is removed.
+    A checkpoint is visible when it is complete and never before; what a killed process left behind is removed. Several processes make the
+    same calls on a directory that they share; what they saved may be restored by any number of them, into other shardings.
 
     Args:
       directory: where; made if it does not exist.
@@ -47,8 +49,10 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        # What is being saved needs all processes, and an error may be that one is gone.
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     def close(self) -> None:
         """Waits for what is being saved, and lets the directory go."""
@@ -69,7 +73,7 @@ class Store:
         state = _detached(dict(trees))
         metrics = None if score is None else {"score": float(score)}
         self._manager.save_checkpointables_async(step, state, force=True, overwrite=step in self.steps, metrics=metrics,
-                                                 custom_metadata={**about, "digests": _digests(state)})  # fmt: skip
+                                                 custom_metadata={**about, "checksums": _checksums(state)})  # fmt: skip
 
     def wait(self) -> None:
         """Waits until everything saved is on the disk."""
@@ -97,7 +101,7 @@ class Store:
             about = self._manager.checkpointables_metadata(step).custom_metadata
         except Exception as error:  # Orbax and TensorStore raise errors of many types for a damaged file
             raise self._damaged(step, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
-        if not isinstance(about, dict) or "digests" not in about:
+        if not isinstance(about, dict) or "checksums" not in about:
             raise self._damaged(step, "its metadata is missing")
         return about
 
@@ -110,13 +114,13 @@ class Store:
         Raises:
           CheckpointError: a damaged checkpoint: it cannot be read, or its content differs from what was saved.
         """
-        digests = self.about(step)["digests"]
+        saved = self.about(step)["checksums"]
         try:
             state = self._manager.load_checkpointables(step, jax.tree.map(_abstract, dict(like)))
         except Exception as error:  # as in `about`
             raise self._damaged(step, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
-        for name, digest in _digests(state).items():
-            if digest != digests.get(name):
+        for name, found in _checksums(state).items():
+            if found != saved.get(name):
                 raise self._damaged(step, f"the content of {name!r} is not what was saved")
         return state
 
@@ -154,14 +158,8 @@ def _detached(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.copy(x) if next(iter(x.devices())).platform == "cpu" else x, tree)
 
 
-def _digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """A hash of every part whose arrays this process can see in full."""
-    out = {}
-    for name, part in state.items():
-        leaves = flatten(part)
-        if all(leaf.is_fully_addressable for leaf in leaves.values()):
-            out[name] = tree_hash(leaves)
-    return out
+def _checksums(state: Mapping[str, Any]) -> dict[str, str]:
+    return {name: checksum(flatten(part)) for name, part in state.items()}
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.hosts import leads, on_host
+
 _PROBES = 4
 
 
@@ -76,10 +78,10 @@ class Statistics:
         """Writes everything to one safetensors file, by way of a temporary name; `load` reads it. Of several hosts all call, one writes."""
         from lowrank_jax.models.tensors import save_safetensors
 
-        tensors = {f"{kind}:{path}": _on_host(x) for kind, of in self.values.items() for path, x in of.items()}
-        tensors |= {f"fingerprint:{path}": _on_host(x) for path, x in self.fingerprints.items()}
+        tensors = {f"{kind}:{path}": on_host(x) for kind, of in self.values.items() for path, x in of.items()}
+        tensors |= {f"fingerprint:{path}": on_host(x) for path, x in self.fingerprints.items()}
         tensors["batches:"] = np.array([self.batches], np.int32)
-        if jax.process_index() == 0:
+        if leads():
             save_safetensors(pathlib.Path(file), tensors)
         return pathlib.Path(file)
 
@@ -104,14 +106,6 @@ def load(file: str | os.PathLike[str]) -> Statistics:
         values.setdefault(kind, {})[path] = jnp.asarray(tensor.read())
     prints, batches = values.pop("fingerprint", {}), values.pop("batches")[""]
     return Statistics(values, prints, int(batches[0]))
-
-
-def _on_host(x: Any) -> np.ndarray:
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def collector(kind: str) -> str:

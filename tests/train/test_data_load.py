@@ -103,12 +103,13 @@ def test_a_state_of_other_settings_is_refused(sst2, tokenizer, change):
 def test_shards_together_are_the_global_batch_and_share_its_width(sst2, tokenizer):
     settings = {"batch_size": 8, "max_length": 64, "directory": sst2}
     whole = load("glue/sst2", "train", tokenizer, **settings)
-    parts = [load("glue/sst2", "train", tokenizer, **settings, shard_index=i, shard_count=4) for i in range(4)]
+    shares = np.array([[0, 5], [1, 2], [3, 7], [4, 6]])
+    parts = [load("glue/sst2", "train", tokenizer, **settings, share=share) for share in shares]
     iterators = [part.iterator() for part in parts]
     for _, batch in zip(range(8), whole.iterator(), strict=False):
         pieces = [next(it) for it in iterators]
-        rows = np.stack([p["tokens"] for p in pieces], axis=1).reshape(batch["tokens"].shape)
-        np.testing.assert_array_equal(rows, batch["tokens"])
+        rows = np.concatenate([p["tokens"] for p in pieces])
+        np.testing.assert_array_equal(rows, batch["tokens"][shares.ravel()])
     seen = np.concatenate([b["index"][b["valid"]] for p in parts for b in p.evaluation_batches()])
     assert sorted(seen.tolist()) == list(range(50))
     # More or fewer machines may go on from the same state.
@@ -168,8 +169,8 @@ def test_settings_that_do_not_fit(sst2, tokenizer):
     good = {"batch_size": 4, "max_length": 16, "directory": sst2}
     for changes, match in (
         ({"batch_size": 0}, "batch_size=0"),
-        ({"shard_count": 3}, "dealt out evenly"),
-        ({"shard_index": 2, "shard_count": 2}, "shard_index=2"),
+        ({"share": np.array([2, 4])}, r"share=\[2 4\]: expected rows of a batch"),
+        ({"share": np.array([], int)}, "share"),
         ({"task": "causal_lm"}, "is for classification"),
         ({"pack": True}, "prompts with completions"),
         ({"directory": sst2 / "absent"}, "no such directory"),

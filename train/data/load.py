@@ -23,8 +23,7 @@ def load(
     max_length: int,
     task: Task | None = None,
     seed: int = 0,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    share: np.ndarray | None = None,
     directory: os.PathLike[str] | str | None = None,
     pack: bool = False,
     chat: bool = False,
@@ -43,8 +42,7 @@ def load(
         max_length: tokens in the widest row, special ones included.
         task: 'classification' or 'causal_lm'; None takes the data set's. A data set serves one task.
         seed: of the shuffling and the packing.
-        shard_index: this process; 0 <= shard_index < shard_count.
-        shard_count: processes; divides batch_size.
+        share: the rows of every global batch that this process reads, int [rows], such as `train.sharding.share`; None reads all.
         directory: where the files lie, for data sets that no asset provides; None lets tensorflow-datasets fetch
             those it knows.
         pack: put several examples into a row (language modelling), all rows of width `max_length`.
@@ -59,7 +57,7 @@ def load(
         >>> next(loader.iterator())["tokens"].shape  # doctest: +SKIP
         (32, 24)
     """
-    _check(batch_size, max_length, shard_index, shard_count, limit)
+    _check(batch_size, max_length, share, limit)
     data = prepare(name, split, directory)
     source = data.source
     if task is not None and task != source.task:
@@ -85,8 +83,7 @@ def load(
         pad_id=tokenizer.pad_id,
         seed=seed,
         fixed_width=pack or source.kind == "running",
-        shard_index=shard_index,
-        shard_count=shard_count,
+        share=share,
     )
 
 
@@ -120,14 +117,12 @@ def _in_blocks(table: TokenTable, length: int) -> TokenTable:
     return table._replace(offsets=offsets, labels=np.zeros(len(offsets) - 1, np.float32))
 
 
-def _check(batch_size: int, max_length: int, shard_index: int, shard_count: int, limit: int | None) -> None:
+def _check(batch_size: int, max_length: int, share: np.ndarray | None, limit: int | None) -> None:
     if batch_size < 1 or max_length < 2 or (limit is not None and limit < 1):
         raise ValueError(
             f"batch_size={batch_size}, max_length={max_length}, limit={limit}; expected at least 1, 2 and 1."
         )
-    if not 0 <= shard_index < shard_count:
+    if share is not None and not (len(share) and share.min() >= 0 and share.max() < batch_size):
         raise ValueError(
-            f"shard_index={shard_index}, shard_count={shard_count}; expected 0 <= shard_index < shard_count."
+            f"share={share}: expected rows of a batch, at least one of 0 to batch_size - 1 = {batch_size - 1}."
         )
-    if batch_size % shard_count:
-        raise ValueError(f"batch_size={batch_size} cannot be dealt out evenly to {shard_count} processes.")

@@ -23,7 +23,8 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 class Loader:
     """Batches of one split.
 
-    Every batch is formed globally and then dealt out, so all processes see the same width at the same step.
+    Every batch is formed globally and then dealt out: the batches do not depend on the number of processes, and all see the same
+    width at the same step.
 
     Attributes:
         table: the tokens.
@@ -36,8 +37,7 @@ class Loader:
         pad_id: fills up rows.
         seed: of the shuffling.
         fixed_width: give every training batch the width `max_length`.
-        shard_index: this process.
-        shard_count: processes; each gets batch_size / shard_count rows.
+        share: the rows of a global batch that this process reads, int [rows]; None reads all.
     """
 
     table: TokenTable
@@ -50,8 +50,7 @@ class Loader:
     pad_id: int
     seed: int = 0
     fixed_width: bool = False
-    shard_index: int = 0
-    shard_count: int = 1
+    share: np.ndarray | None = None
 
     @property
     def num_examples(self) -> int:
@@ -62,6 +61,11 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """Training batches in an epoch, the same in every epoch."""
         return len(self.rows.lengths) // self.batch_size
+
+    @property
+    def times(self) -> float:
+        """How many rows a global batch has for each that this process reads."""
+        return 1.0 if self.share is None else self.batch_size / len(self.share)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -101,14 +105,14 @@ class Loader:
         return TrainIterator(self, state["step"])
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """Yields every row exactly once.
+        """Yields every row exactly once, all processes together.
 
         The keys are those of training and `valid`, bool [batch], false in rows that only fill up the last
         batch, and `index`, int32 [batch], the number of the row in the split (-1 in rows that fill up).
         """
         for chosen in batching.evaluation_batches(self.rows.lengths, self.batch_size):
             batch = self._collate(chosen)
-            mine = chosen[self._shard]
+            mine = self._mine(chosen)
             yield batch | {"valid": mine >= 0, "index": mine.astype(np.int32)}
 
     def training_batch(self, step: int) -> Batch:
@@ -122,9 +126,8 @@ class Loader:
         widths = [self._width(row, self.fixed_width) for row in lengths]
         return 1.0 - float(lengths.sum()) / float(sum(widths) * self.batch_size)
 
-    @property
-    def _shard(self) -> slice:
-        return slice(self.shard_index, None, self.shard_count)
+    def _mine(self, chosen: np.ndarray) -> np.ndarray:
+        return chosen if self.share is None else chosen[self.share]
 
     @functools.cached_property
     def _epoch(self) -> Any:
@@ -140,7 +143,7 @@ class Loader:
 
     def _collate(self, chosen: np.ndarray, fixed: bool = False) -> Batch:
         width = self._width(self.rows.lengths[chosen[chosen >= 0]], fixed)
-        mine = chosen[self._shard]
+        mine = self._mine(chosen)
         if self.task == "causal_lm":
             return collate.causal_lm(self.table, self.rows, mine, width, self.pad_id)
         label_dtype = np.int32 if self.label_names else np.float32

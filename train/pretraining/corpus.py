@@ -12,7 +12,7 @@ import ml_collections
 from lowrank_jax import assets
 from lowrank_jax.models.tokenizer import Tokenizer, load_tokenizer
 from lowrank_jax.models.tokenizer_training import train_tokenizer
-from train import data
+from train import data, sharding
 from train.data import Loader
 from train.data.builders.prepare import prepare
 from train.job import locate, tokenizer_path
@@ -38,13 +38,13 @@ def tokenizer_of(config: ml_collections.ConfigDict) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def loader(config: ml_collections.ConfigDict, split: str, tokenizer: Tokenizer, training: bool) -> Loader:
-    """The rows of a split, `config.data.max_length` tokens each."""
+def loader(config: ml_collections.ConfigDict, split: str, tokenizer: Tokenizer, mesh: Any, *, training: bool) -> Loader:
+    """The rows of a split, `config.data.max_length` tokens each; of several processes each reads what its part of the mesh needs."""
     size = config.batch_size if training else config.eval_batch_size
     limit = None if training else config.data.eval_limit or None
     return data.load(
         config.data.name, split, tokenizer, task="causal_lm", batch_size=size, max_length=config.data.max_length, seed=config.seed,
-        directory=config.data.directory or None, limit=limit,
+        directory=config.data.directory or None, limit=limit, share=sharding.share(mesh, size),
     )  # fmt: skip
 
 

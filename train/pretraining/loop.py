@@ -7,7 +7,8 @@ import json
 import math
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -16,15 +17,18 @@ import numpy as np
 from lowrank_jax import models
 from lowrank_jax.checkpoint import CheckpointError, Store
 from lowrank_jax.files import write_file
+from lowrank_jax.hosts import leads, on_host, wait
 from train import config as configs
 from train import metrics_log, report, sharding
 from train.loop import TrainingError, due
 from train.metrics_log import Bar, MetricsLog
 from train.pretraining.run import Run, load, rate
 from train.pretraining.step import Fixed, make_evaluate, make_refresh, make_update, merged, start
+from train.processes import Stopped, Termination
 from train.step import peak_bytes
 
 _KEYS = ("tokens", "loss_mask")
+Evaluate = Callable[..., dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     Raises:
       ConfigError, ValueError: see the message. TrainingError: the loss is not finite.
       CheckpointError: the workdir holds another run, or its newest checkpoint is damaged.
+      Stopped: SIGTERM came to one of the processes; a checkpoint is saved.
     """
     return train(load(config))
 
@@ -71,9 +76,10 @@ def train(job: Run) -> Result:
     directory.mkdir(parents=True, exist_ok=True)
     with Store(directory / "checkpoints", job.config.keep) as store:
         session = _Session(job, directory, store)
-        write_file(directory / "config.json", [(configs.to_json(job.config) + "\n").encode()])
-        with Bar(job.config.steps, session.step, "tokens") as bar:
-            session.train(bar)
+        if leads():
+            write_file(directory / "config.json", [(configs.to_json(job.config) + "\n").encode()])
+        with Bar(job.config.steps, session.step, "tokens") as bar, Termination() as termination:
+            session.train(bar, termination)
         store.wait()
     return _finish(job, directory, session)
 
@@ -90,8 +96,10 @@ class _Session:
         self.batches = job.train.iterator(position)
         self.log = MetricsLog(directory, self.step)
         self.rate, self.loss, self.peak, self.refresh_peak = 0.0, math.nan, 0, 0
-        self._units, self._began = 0, 0.0
-        self._evaluate = jax.jit(make_evaluate(job))
+        self._counted, self._began = float(self.state.weight), 0.0
+        self._evaluate = jax.jit(
+            _with_valid(make_evaluate(job)), out_shardings=job.mesh and sharding.everywhere(job.mesh)
+        )
         self._compiled: dict[str, Any] = {}
 
     @property
@@ -114,8 +122,12 @@ class _Session:
         self.tokens, self.seconds = about["tokens"], about["seconds"]
         return about["data"]
 
-    def train(self, bar: Bar) -> None:
-        """Makes the updates that are left."""
+    def train(self, bar: Bar, termination: Termination) -> None:
+        """Makes the updates that are left.
+
+        Raises:
+          Stopped: asked to; a checkpoint is saved.
+        """
         config, learner, total, step = self.job.config, self.job.learner, self.job.config.steps, self.step
         if step:
             bar.say(f"going on from step {step} of {total}")
@@ -126,7 +138,7 @@ class _Session:
             if learner.refresh is not None and step % learner.every == 0 and (step or learner.first):
                 self.state, self.fixed = self._refreshing(bar, inputs)(self.state, self.fixed, inputs)
             self.state = self._updating(bar, inputs)(self.state, self.fixed, inputs)
-            step, self._units = step + 1, self._units + int(batch["loss_mask"][:, 1:].sum())
+            step += 1
             bar.advance(step)
             last = step == total
             if due(step, config.log_every, last):
@@ -141,14 +153,26 @@ class _Session:
                 self._lap()
                 if saving:
                     self._save(step)
+            if termination.asked(step) and not last:
+                self._stop(bar, step, saved=saving)
         self.log.close()
+
+    def _stop(self, bar: Bar, step: int, saved: bool) -> NoReturn:
+        if not saved:
+            self._check()
+            self._lap()
+            self._save(step)
+        self.store.wait()
+        self.log.close()
+        bar.say(f"stopped by SIGTERM; step {step} is saved, and the same command goes on from there")
+        raise Stopped
 
     def _lap(self) -> float:
         """Adds up time and tokens since the last call; tokens a second meanwhile."""
-        now, units = time.perf_counter(), self._units
-        elapsed = now - self._began
+        now, weight = time.perf_counter(), float(self.state.weight)
+        elapsed, units = now - self._began, round(weight - self._counted)
         self.seconds, self.tokens = self.seconds + elapsed, self.tokens + units
-        self._began, self._units = now, 0
+        self._began, self._counted = now, weight
         return units / max(elapsed, 1e-9)
 
     def _updating(self, bar: Bar, inputs: Any) -> Any:
@@ -158,6 +182,7 @@ class _Session:
             jitted = jax.jit(make_update(self.job), donate_argnums=0, out_shardings=where)
             self._compiled["update"] = jitted.lower(self.state, self.fixed, inputs).compile()
             self.peak = peak_bytes(self._compiled["update"])
+            wait("compilation of an update")
         return self._compiled["update"]
 
     def _refreshing(self, bar: Bar, inputs: Any) -> Any:
@@ -168,10 +193,12 @@ class _Session:
             jitted = jax.jit(make_refresh(self.job), donate_argnums=(0, 1), out_shardings=where)
             self._compiled["refresh"] = jitted.lower(*here, inputs).compile()
             self.refresh_peak = peak_bytes(self._compiled["refresh"])
+            wait("compilation of a refresh")
         return self._compiled["refresh"]
 
     def _check(self) -> None:
         if not bool(self.state.ok):
+            self.store.wait()
             good = self.store.steps
             kept = f"The checkpoint of step {good[-1]} in {self.store.directory} is good. " if good else ""
             raise TrainingError(
@@ -182,6 +209,7 @@ class _Session:
     def _report(self, bar: Bar, step: int) -> None:
         loss = float(self.state.loss) / max(float(self.state.weight), 1.0)
         self.state = self.state._replace(loss=0 * self.state.loss, weight=0 * self.state.weight)
+        self._counted = 0.0
         bar.report(step, loss, self.rate)
         self.log.write(step, {"train/loss": loss, "train/learning_rate": float(rate(self.job)(step - 1))})
 
@@ -189,10 +217,10 @@ class _Session:
         bar.doing("evaluating")
         total = count = 0.0
         for batch in self.job.evaluation.evaluation_batches():
-            inputs = sharding.put_batch({name: batch[name] for name in _KEYS}, self.job.mesh)
-            sums = self._evaluate(self.state, self.fixed, inputs)
-            total += float(np.asarray(sums["loss"])[batch["valid"]].sum(dtype=np.float64))
-            count += float(np.asarray(sums["tokens"])[batch["valid"]].sum(dtype=np.float64))
+            inputs = sharding.put_batch({name: batch[name] for name in (*_KEYS, "valid")}, self.job.mesh)
+            sums = jax.tree.map(np.asarray, self._evaluate(self.state, self.fixed, inputs))
+            total += float(sums["loss"][sums["valid"]].sum(dtype=np.float64))
+            count += float(sums["tokens"][sums["valid"]].sum(dtype=np.float64))
         self.loss = total / max(count, 1.0)
         self.log.write(step, {"eval/loss": self.loss, "eval/perplexity": _perplexity(self.loss)})
         bar.say(f"step {step}: validation loss {self.loss:.4f}  perplexity {_perplexity(self.loss):.2f}")
@@ -219,6 +247,11 @@ def _arrays(fixed: Fixed) -> dict[str, Any]:
     return {"held": fixed.held, "adapters": {"sites": fixed.adapters.sites, "shared": fixed.adapters.shared}}
 
 
+def _with_valid(evaluate: Evaluate) -> Evaluate:
+    """Every process needs the sums of all rows, and which of them are rows of the data."""
+    return lambda state, fixed, batch: evaluate(state, fixed, batch) | {"valid": batch["valid"]}
+
+
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
@@ -232,8 +265,11 @@ def _finish(job: Run, directory: pathlib.Path, session: _Session) -> Result:
         with Bar(job.config.steps, session.step, "tokens") as bar:
             session._validate(bar, session.step)
     state, fixed = session.state, session.fixed
-    folder = models.save(merged(job, state, fixed), job.model_config, directory / "model", overwrite=True)
-    job.tokenizer.save(folder)
+    folder, whole = directory / "model", jax.tree.map(on_host, merged(job, state, fixed))
+    if leads():
+        models.save(whole, job.model_config, folder, overwrite=True)
+        job.tokenizer.save(folder)
+    wait("model")
     out = Result(
         loss=session.loss, perplexity=_perplexity(session.loss), steps=session.step, tokens=session.tokens,
         parameters=sum(x.size for x in jax.tree.leaves(job.shapes)),
@@ -241,11 +277,17 @@ def _finish(job: Run, directory: pathlib.Path, session: _Session) -> Result:
         optimizer_bytes=_bytes(state.optimizer), stored_bytes=_bytes((state, fixed)), peak_bytes=session.peak,
         refresh_peak_bytes=session.refresh_peak, seconds=session.seconds, tokens_per_second=session.rate, model=folder, workdir=directory,
     )  # fmt: skip
+    if leads():
+        _report(job, out)
+    return out
+
+
+def _report(job: Run, out: Result) -> None:
+    directory = out.workdir
     plain = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(out).items()}
     write_file(directory / "result.json", [(json.dumps(plain, indent=1, sort_keys=True) + "\n").encode()])
     picture = report.plot(metrics_log.read(directory / "metrics.jsonl"), directory / "curves.png", job.config.name)
     report.show(job.config.name, _rows(out, picture))
-    return out
 
 
 def _rows(result: Result, picture: pathlib.Path) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from lowrank_jax import models, shard
 from lowrank_jax.models.llama_sizes import galore_paper
 from lowrank_jax.models.tokenizer import Tokenizer
 from lowrank_jax.sites import flatten, with_leaves
-from train import optimizer, sharding
+from train import optimizer, processes, sharding
 from train.data import Loader
 from train.pretraining import config as configs
 from train.pretraining import corpus
@@ -51,15 +51,16 @@ def load(config: ml_collections.ConfigDict) -> Run:
       ConfigError, ValueError: a field that does not fit; see the message.
     """
     configs.check(config)
-    tokenizer = corpus.tokenizer_of(config)
-    train = corpus.loader(config, config.data.train_split, tokenizer, True)
-    evaluation = corpus.loader(config, config.data.eval_split, tokenizer, False)
+    mesh = sharding.make_mesh(config.mesh)
+    with processes.one_first("data"):
+        tokenizer = corpus.tokenizer_of(config)
+        train = corpus.loader(config, config.data.train_split, tokenizer, mesh, training=True)
+        evaluation = corpus.loader(config, config.data.eval_split, tokenizer, mesh, training=False)
     model_config = make_model(config, tokenizer.vocab_size)
     model, shapes = models.build(model_config), models.param_shapes(model_config)
     sites = lr.linen.sites(model, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     learner = make_learner(config, shapes, sites)
     plan = lr.plan(shapes, learner.rules, sites=sites) if learner.rules else lr.Plan(())
-    mesh = sharding.make_mesh(config.mesh)
     return Run(config, model, model_config, tokenizer, train, evaluation, mesh, shapes, learner, plan)
 
 
@@ -124,7 +125,7 @@ def first_weights(run: Run) -> Any:
             continue
         std = 0.0 if path.endswith("scale") else float(run.config.model.init_std)
         value = make(jax.random.fold_in(key, n), leaf.shape, leaf.dtype, std)
-        made[path] = jax.device_put(value, where[path]) if where else value
+        made[path] = sharding.put(value, where[path]) if where else value
     return with_leaves(run.shapes, made)
 
 
