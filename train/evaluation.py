@@ -32,7 +32,8 @@ def forward(job: Job) -> Forward:
         return outputs | {name: batch[name] for name in ("valid", "label") if name in batch}
 
     # Every process scores all rows, those too that others read.
-    return jax.jit(run, out_shardings=None if job.mesh is None else sharding.everywhere(job.mesh))
+    where = None if job.mesh is None else sharding.everywhere(job.mesh)
+    return jax.jit(sharding.within(job.mesh, run), out_shardings=where)
 
 
 def evaluate(job: Job, run: Forward, params: Any, adapters: lr.Adapters | None, loader: Loader) -> dict[str, float]:

@@ -18,7 +18,7 @@ from lowrank_jax import memory, models, shard
 from lowrank_jax.models.gguf import hf_config, is_gguf, open_gguf
 from lowrank_jax.plan_table import human_bytes
 from train import config as configs
-from train import job, optimizer, tasks
+from train import job, optimizer, sharding, tasks
 from train.step import State, make_update
 
 PRESETS = ("llama2_7b", "smollm2_135m", "minilm_l6", "roberta_base")
@@ -95,7 +95,7 @@ def report(
     scalar: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
     state = State(train, _beside(jax.eval_shape(tx.init, train), train, everywhere), scalar(jnp.int32), scalar(jnp.bool_),
                   scalar(jnp.float32), scalar(jnp.float32))  # fmt: skip
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = NamedSharding(mesh, PartitionSpec(shard.ROWS))
     kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "positions": jnp.int32, "segment_ids": jnp.int32}
     if config.task == "classification":
         kinds = {"tokens": jnp.int32, "mask": jnp.bool_, "token_types": jnp.int32}
@@ -104,7 +104,7 @@ def report(
     }
     if config.task == "classification":
         batch["label"] = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows)
-    update = make_update(config, model.module, task, tx)
+    update = sharding.within(mesh, make_update(config, model.module, task, tx))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return memory.compile_report(update, (state, frozen, model.params, batch), donate=(0,), out_shardings=shardings)
 

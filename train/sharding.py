@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import ml_collections
@@ -14,6 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import shard
 from lowrank_jax.models import logical_axes
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def make_mesh(sizes: ml_collections.ConfigDict) -> Mesh | None:
@@ -77,6 +81,19 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, A
     return {k: jax.make_array_from_process_local_data(_by_rows(mesh), v) for k, v in batch.items()}
 
 
+def within(mesh: Mesh | None, function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, to be jitted, with the mesh set: our models then keep the rows of their activations dealt out."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -94,4 +111,4 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _by_rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(shard.ROWS))

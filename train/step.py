@@ -57,7 +57,7 @@ class Stepper:
     ):
         self.compiled: dict[Any, Any] = {}
         self._mesh, self._on_compile = job.mesh, on_compile
-        self._update = make_update(job.config, job.model, job.task, tx)
+        self._update = sharding.within(job.mesh, make_update(job.config, job.model, job.task, tx))
 
     def __call__(self, state: State, frozen: lr.Adapters, params: Any, batch: Mapping[str, np.ndarray]) -> State:
         inputs = sharding.put_batch(batch, self._mesh)
