@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax.forms import Leaf
@@ -71,7 +72,7 @@ class Plan:
 
     Attributes:
       entries: one per adapted weight, in the order of the parameters.
-      base_count, base_bytes: size of the whole model.
+      base_count, base_bytes: parameters of the whole model, and the bytes that hold them (a quantised weight's own).
       total_batch: the stacks, for counting.
     """
 
@@ -258,8 +259,8 @@ def from_config(params: Any, config: Sequence[Mapping[str, Any]]) -> Plan:
 
 
 def _of(entries: Sequence[Entry], flat: Mapping[str, Any]) -> Plan:
-    sizes = [(math.prod(leaf.shape), jnp.dtype(leaf.dtype).itemsize) for leaf in flat.values()]
-    return Plan(tuple(entries), sum(n for n, _ in sizes), sum(n * item for n, item in sizes))
+    held = [math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in jax.tree.leaves(dict(flat))]
+    return Plan(tuple(entries), sum(math.prod(leaf.shape) for leaf in flat.values()), sum(held))
 
 
 def _site_config(site: Site) -> dict[str, Any]:
