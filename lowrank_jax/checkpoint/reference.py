@@ -35,7 +35,8 @@ def base_reference(name: str, params: Any, exclude: Iterable[str] = ()) -> Base:
       >>> base_reference("m", {"w": np.zeros(2, np.float32)}).hash[:8]
       'e4f441a1'
     """
-    skip, parts = set(exclude), {}
+    skip = set(exclude)
+    parts: dict[str, Any] = {}
     for path, leaf in flatten(params).items():
         if path not in skip:
             parts |= (
