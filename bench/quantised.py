@@ -3,9 +3,9 @@
     pip install -e '.[topology,quant]'
     JAX_PLATFORMS=cpu python -m bench.quantised          # about a quarter of an hour on two cores
 
-Compiles whole training steps (forward, backward, AdamW; bfloat16 compute, float32 adapters, chunked cross-entropy) of Llama-2-7B shapes with
-adapters on all linear layers, batch 4 x 512, for one v5e chip of 16 GB: on the base in bfloat16, in int8 and in nf4, blocks of 64. Embeddings, the
-head and norms stay in bfloat16. FLOPs are the compiler's own count, multiplied as in bench/memory_policies.py.
+Compiles whole training steps (forward, backward, AdamW; bfloat16 compute, float32 adapters, chunked cross-entropy) of Llama-2-7B
+shapes with adapters on all linear layers, batch 4 x 512, for one v5e chip of 16 GB: on the base in bfloat16, int8 and nf4, blocks of 64.
+Embeddings, the head and norms stay in bfloat16. FLOPs are the compiler's own count, multiplied as in bench/memory_policies.py.
 """
 
 from __future__ import annotations

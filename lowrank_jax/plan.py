@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lowrank_jax.forms import Leaf
 from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
+from lowrank_jax.quantized import dense
 from lowrank_jax.sites import Site, describe, flatten, hits, layer_number, no_match
 from lowrank_jax.sites import sites as find_sites
 from lowrank_jax.stats.statistics import Statistics, collector
@@ -308,7 +309,7 @@ def gather(entry: Entry, weight: Any, statistics: Statistics | None) -> Given:
       ValueError: statistics that were not collected, or from other weights; names the site.
     """
     needs = entry.method.needs
-    kernel = local_kernel(entry, jnp.asarray(weight)) if "kernel" in needs else None
+    kernel = local_kernel(entry, jnp.asarray(dense(weight))) if "kernel" in needs else None
     values: dict[str, Any] = {} if kernel is None else {"kernel": kernel}
     for name in sorted(needs - {"kernel"}):
         value = _statistic(entry, name, weight, statistics)

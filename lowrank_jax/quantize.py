@@ -103,9 +103,11 @@ def quantized(weight: Any, kind: str, block: int) -> Quantized:
 def quantized_layers(like: Any, made: Iterable[jax.Array], kind: str, block: int) -> Quantized:
     """A stack quantised from its layers as they are made; shape, dtype and sharding are those of ``like``."""
     codes, scales = _empty(like.shape, kind, block)
+    out = _laid_like(like, Quantized(codes, scales, kind, jnp.dtype(like.dtype)))
     for n, layer in enumerate(made):
-        codes, scales = _put(codes, scales, n, *_codes(layer, kind, block))
-    return _laid_like(like, Quantized(codes, scales, kind, jnp.dtype(like.dtype)))
+        codes, scales = _put(out.codes, out.scales, n, *_codes(layer, kind, block))
+        out = out.replace(codes=codes, scales=scales)
+    return _laid_like(like, out)
 
 
 def _is_kernel(path: str, leaf: Any, sites: Mapping[str, Site] | None) -> bool:

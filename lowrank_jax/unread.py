@@ -34,6 +34,10 @@ class Unread:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def laid(self, sharding: Any) -> Unread:
+        """The same weight, to lie elsewhere."""
+        return Unread(self.shape, self.dtype, self._readers, self.stacked, sharding)
+
     def dense(self) -> jax.Array:
         """The weight."""
         return place(self.__array__(), self.sharding)
