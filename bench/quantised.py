@@ -1,7 +1,7 @@
 """What a quantised base leaves of the memory of a fine-tuning step, by the TPU compiler, without a TPU.
 
     pip install -e '.[topology,quant]'
-    JAX_PLATFORMS=cpu python -m bench.quantised          # about a quarter of an hour on two cores
+    JAX_PLATFORMS=cpu python -m bench.quantised          # about ten minutes on two cores
 
 Compiles whole training steps (forward, backward, AdamW; bfloat16 compute, float32 adapters, chunked cross-entropy) of Llama-2-7B
 shapes with adapters on all linear layers, batch 4 x 512, for one v5e chip of 16 GB: on the base in bfloat16, int8 and nf4, blocks of 64.

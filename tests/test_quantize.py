@@ -102,6 +102,18 @@ def test_methods_that_read_the_weight_get_the_dense_one_in_the_layer():
     assert distance(one, other) < 1e-5
 
 
+def test_statistics_are_those_of_the_dequantised_base():
+    model, x = nn.Dense(3), jax.random.normal(jax.random.key(0), (4, 64))
+    base = lr.quantize(model.init(jax.random.key(1), x)["params"], {"kernel": "nf4"})
+    plan = lr.plan(base, {"kernel": lr.lora_ga(2)})
+
+    def loss(params, adapters, batch):
+        return (lr.linen.apply(model, params, adapters, batch) ** 2).sum()
+
+    one, other = (lr.collect(loss, p, plan, [x], progress=False).values for p in (base, lr.dequantize(base)))
+    assert distance(one, other) == 0
+
+
 class Stack(nnx.Module):
     """Two scanned layers and a head."""
 

@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: the Linen module; `model.apply({"params": params}, tokens)`.
-      params: nested dict of arrays of `config.param_dtype`.
+      params: nested dict of arrays of `config.param_dtype`, or of what `load` was asked to hold instead.
       config: what was read, with the overrides of the caller.
       tokenizer_file: the checkpoint's tokenizer.json, or None if it has none.
       architecture: such as 'bert' or 'qwen3'.
