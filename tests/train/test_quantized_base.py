@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax import models
 from lowrank_jax.checkpoint import CheckpointError
 from lowrank_jax.quantized import is_quantized
 from lowrank_jax.sites import flatten
@@ -20,7 +20,7 @@ from train import config as configs
 def config(root, method="lamda", kind="nf4", **fields):
     out = tiny.config(root, method, **fields)
     out.model.quantize, out.model.quantize_block = kind, 16
-    out.steps, out.eval_every, out.checkpoint_every = 3, 0, 0
+    out.steps, out.eval_every, out.checkpoint_every, out.data.max_length = 3, 0, 0, 8
     return out
 
 
@@ -61,16 +61,16 @@ def test_shapes_alone_give_the_same_base_and_a_mesh_its_layout(tmp_path):
 
 
 def test_generation_runs_beside_a_quantised_base():
-    model = models.build(models.LlamaConfig.tiny(scan_layers=True))
-    prompt = jnp.array([[5, 6, 7]])
-    params = model.init(jax.random.key(0), prompt)["params"]
-    params = lr.quantize(params, {"layers/.*": "nf4"}, block=16)
-    plan = lr.plan(params, {"layers/.*_proj": lr.lora(2)}, sites=lr.linen.sites(model, params, prompt))
-    adapters = jax.tree.map(lambda x: x + 0.1, lr.init(jax.random.key(1), params, plan))
-    apply, both = base.for_generation(model, params, adapters)
-    assert both[0] is params
-    made, merged = apply({"params": both}, prompt), model.apply({"params": lr.merge(params, adapters)}, prompt)
-    assert jnp.abs(made - merged).max() < 1e-4
+    model, x = nn.Dense(8), jax.random.normal(jax.random.key(0), (4, 64))
+    params = model.init(jax.random.key(1), x)["params"]
+    for weights in (params, lr.quantize(params, {"kernel": "nf4"})):
+        plan = lr.plan(weights, {"kernel": lr.lora(2)})
+        adapters = jax.tree.map(lambda leaf: leaf + 0.1, lr.init(jax.random.key(1), weights, plan))
+        apply, given = base.for_generation(model, weights, adapters)
+        held = [leaf.dtype.name for leaf in jax.tree.leaves(given)]
+        assert ("uint8" in held) == (weights is not params)
+        expected = model.apply({"params": lr.merge(weights, adapters)}, x)
+        assert jnp.abs(apply({"params": given}, x) - expected).max() < 1e-5
 
 
 def test_bad_settings_name_the_field(tmp_path):
