@@ -81,16 +81,20 @@ def measure(name: str, policy: str, attention: str | None = None, chunk: int = C
         report = compile_report(run, args, donate=(0, 1))
     except DoesNotFitError as error:
         return row | {"refused": str(error)}
-    # Forward, recomputation where the loss is chunked, and the gradient of the hidden states.
-    products = 2 * (3 if chunk else 2) * config.hidden_size * config.vocab_size
-    once, all_tokens = chunk or ROWS * LENGTH, ROWS * LENGTH
-    layer = report.flops - products * once
     return row | {
         "peak_gib": report.peak / 2**30,
         "rest_gib": (report.peak - base) / 2**30,
         "host_gib": report.host / 2**30,
-        "step_tflop": (layer * config.num_hidden_layers + products * all_tokens) / 1e12,
+        "step_tflop": step_flops(config, report.flops) / 1e12,
     }
+
+
+def step_flops(config: Any, counted: float) -> float:
+    """FLOPs of a step, from the compiler's count, which has the body of each loop once."""
+    # Forward, recomputation where the loss is chunked, and the gradient of the hidden states.
+    products = 2 * (3 if config.loss_chunk else 2) * config.hidden_size * config.vocab_size
+    layer = counted - products * (config.loss_chunk or ROWS * LENGTH)
+    return layer * config.num_hidden_layers + products * ROWS * LENGTH
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import ml_collections
 import lowrank_jax as lr
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, save_adapter
 from lowrank_jax.hosts import leads
+from train import base, evaluation, job, optimizer, report, sharding
 from train import config as configs
-from train import evaluation, job, optimizer, report, sharding
 from train.metrics_log import Bar, MetricsLog
 from train.processes import Stopped, Termination
 from train.step import State, Stepper, peak_bytes, start
@@ -105,7 +105,7 @@ class _Session:
         self.phases = job.plan.phases(job.total_steps)
         self.forward = evaluation.forward(job)
         self.place, position, adapters, state = self._restore(sharding.spread(initial, job.mesh))
-        self.params, folded = lr.fold(job.params, adapters) if job.config.fold else (job.params, adapters)
+        self.params, folded = base.under(job.config, job.params, adapters)
         train, self.frozen = lr.partition(folded, max(self.place.step - 1, 0), job.total_steps)
         place, state = self.place, self.tx.init(train) if state is None else state
         self.state = start(train, state, place.step, place.loss, place.weight, job.mesh)
@@ -247,7 +247,7 @@ def due(step: int, every: int, last: bool) -> bool:
 
 def _finish(job: job.Job, directory: pathlib.Path, session: _Session, kept: tuple[int, lr.Adapters]) -> Result:
     step, adapters = kept
-    params, folded = lr.fold(job.params, adapters) if job.config.fold else (job.params, adapters)
+    params, folded = base.under(job.config, job.params, adapters)
     result = session.scores
     if step != session.place.step or not result:
         result = evaluation.evaluate(job, session.forward, params, folded, job.evaluation)

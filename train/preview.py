@@ -22,8 +22,8 @@ from lowrank_jax.models.gguf import hf_config, is_gguf, open_gguf
 from lowrank_jax.plan_table import human_bytes
 from lowrank_jax.sites import flatten
 from lowrank_jax.text_table import as_text
+from train import base, job, optimizer, sharding, tasks
 from train import config as configs
-from train import job, optimizer, sharding, tasks
 from train.step import State, make_update
 
 PRESETS = ("llama2_7b", "smollm2_135m", "minilm_l6", "roberta_base")
@@ -90,7 +90,7 @@ def abstract_model(config: ml_collections.ConfigDict, num_labels: int, mesh: Mes
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             shapes, shard.layout(shapes, mesh, names=models.logical_axes(found)),
         )  # fmt: skip
-    return Model(models.build(found), shapes, found)
+    return Model(models.build(found), base.alone(config, shapes), found)
 
 
 def make_plan(config: ml_collections.ConfigDict, model: Model) -> lr.Plan:

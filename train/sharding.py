@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import shard
 from lowrank_jax.models import logical_axes
+from lowrank_jax.unread import Unread
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,8 +53,10 @@ def place(params: Any, config: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, params, shard.layout(params, mesh, names=logical_axes(config)))
 
 
-def put(leaf: Any, where: NamedSharding) -> jax.Array:
-    """An array that every process holds in full, or that is on the devices already, laid out anew."""
+def put(leaf: Any, where: NamedSharding) -> Any:
+    """An array that every process holds in full, or that is on the devices already, laid out anew; one in its file when it is read."""
+    if isinstance(leaf, Unread):
+        return leaf.laid(where)
     if jax.process_count() == 1 or isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, where)
     # device_put would have the processes compare the values of every single array first.
