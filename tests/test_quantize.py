@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import flax.linen as nn
 import jax
@@ -288,6 +289,12 @@ PARAMS = {"layer": {"kernel": jnp.ones((64, 4)), "bias": jnp.ones(4)}, "embed": 
 def test_bad_input_names_the_remedy(rules, block, message):
     with pytest.raises(ValueError, match=message):
         lr.quantize(PARAMS, rules, block=block)
+
+
+def test_without_qwix_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ImportError, match=r"lowrank_jax\[quant\]"):
+        lr.quantize({"kernel": jnp.ones((6, 5))}, {"kernel": "nf4"}, block=6)  # a shape that no other test has compiled
 
 
 def test_what_would_round_twice_or_make_all_of_it_dense_is_refused():
