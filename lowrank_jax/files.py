@@ -1,12 +1,14 @@
-"""Files and directories that appear only when they are complete."""
+"""Files and directories that appear only when they are complete, and JSON that is not trusted."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
 def write_file(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -45,6 +47,32 @@ def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> 
             raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object that bytes spell.
+
+    Raises:
+      ValueError: they are not UTF-8, no JSON, nested too deeply to be read, an object in which a name occurs twice, or no object.
+
+    Example:
+      >>> json_object(b'{"a": 1}')
+      {'a': 1}
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
 
 
 def _umask() -> int:

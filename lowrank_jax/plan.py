@@ -15,7 +15,8 @@ from lowrank_jax.forms import Leaf
 from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
 from lowrank_jax.quantized import dense
-from lowrank_jax.sites import Site, describe, flatten, hits, layer_number, no_match
+from lowrank_jax.site_data import from_data, is_numbers, to_data
+from lowrank_jax.sites import Site, flatten, hits, layer_number, no_match
 from lowrank_jax.sites import sites as find_sites
 from lowrank_jax.stats.statistics import Statistics, collector
 
@@ -165,7 +166,7 @@ class Plan:
                 "method": e.method.name,
                 "config": {k: list(v) if isinstance(v, tuple) else v for k, v in e.method.config},
                 "layers": None if e.layers is None else list(e.layers),
-                "site": _site_config(e.site),
+                "site": to_data(e.site),
             }
             for e in self.entries
         ]
@@ -239,41 +240,38 @@ def from_config(params: Any, config: Sequence[Mapping[str, Any]]) -> Plan:
     """The plan that `Plan.to_config` described, for the same model.
 
     Raises:
-      ValueError: a weight that the model does not have or that has another shape.
+      ValueError: no plan, a weight that the model does not have or that has another shape, an unknown method, or one that does not fit.
+      TypeError: a field that a method does not have, or of another type.
     """
     flat = flatten(params)
-    entries = []
-    for item in config:
-        path, saved = item["path"], item["site"]
-        if path not in flat:
-            raise ValueError(no_match(f"The saved adapter's site {path!r}", path, flat))
-        if tuple(flat[path].shape) != tuple(saved["shape"]):
-            raise ValueError(
-                f"{path}: the adapter was made for a weight of shape {tuple(saved['shape'])}, this model's has {tuple(flat[path].shape)}. "
-                "Load it on the model it was trained on."
-            )
-        axes = {role: tuple(saved[role]) for role in ("batch", "inputs", "outputs", "scanned")}
-        site = describe(path, flat[path], saved["kind"], factored=saved["factored"], **axes)
-        layers = item["layers"]
-        entries.append(Entry(site, build(item["method"], item["config"]), None if layers is None else tuple(layers)))
+    entries = [_entry_of(item, flat) for item in config]
+    if len({entry.site.path for entry in entries}) != len(entries):
+        raise ValueError("The saved plan has an entry twice.")
     return _of(entries, flat)
+
+
+def _entry_of(item: Any, flat: Mapping[str, Any]) -> Entry:
+    if not isinstance(item, Mapping) or not {"path", "method", "config", "layers", "site"} <= set(item):
+        raise ValueError(f"{str(item)[:80]!r} is no entry of a plan; expected path, method, config, layers, site.")
+    path, layers = item["path"], item["layers"]
+    if path not in flat:
+        raise ValueError(no_match(f"The saved adapter's site {path!r}", str(path), flat))
+    site = from_data(path, item["site"], flat[path])
+    if layers is not None:
+        depth = site.batch_shape[0] if site.scanned else 0
+        different = is_numbers(layers) and 0 < len(layers) == len(set(layers))
+        if not different or not all(0 <= n < depth for n in layers):
+            raise ValueError(f"{path}: layers={str(layers)[:80]}; expected some of the {depth} of its stack.")
+    if not isinstance(item["method"], str) or not isinstance(item["config"], Mapping):
+        raise ValueError(f"{path}: {str(item['method'])[:80]!r} is no method, or has no fields.")
+    entry = Entry(site, build(item["method"], item["config"]), None if layers is None else tuple(layers))
+    _ = entry.leaves  # raises here, naming the site, if the method does not fit
+    return entry
 
 
 def _of(entries: Sequence[Entry], flat: Mapping[str, Any]) -> Plan:
     held = [math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in jax.tree.leaves(dict(flat))]
     return Plan(tuple(entries), sum(math.prod(leaf.shape) for leaf in flat.values()), sum(held))
-
-
-def _site_config(site: Site) -> dict[str, Any]:
-    return {
-        "kind": site.kind,
-        "shape": list(site.shape),
-        "batch": list(site.batch),
-        "inputs": list(site.inputs),
-        "outputs": list(site.outputs),
-        "scanned": list(site.scanned),
-        "factored": site.factored,
-    }
 
 
 def _size(leaf: Leaf, layers: int) -> int:

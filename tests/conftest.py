@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import pytest
+from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -21,6 +22,11 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_missing])
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MANY = 20_000  # Linux allows a process 65,530 by default
+
+
+# The same few examples in every run, however slow the machine is.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.checkpoint.reference import Base, CheckpointError, check_base
-from lowrank_jax.files import write_directory
+from lowrank_jax.checkpoint.reference import Base, CheckpointError, check_base, check_format, read_base
+from lowrank_jax.files import json_object, write_directory
 from lowrank_jax.hosts import leads, on_host, wait
 from lowrank_jax.plan import from_config
 from lowrank_jax.sites import flatten
@@ -67,16 +67,13 @@ def read_record(directory: os.PathLike[str] | str) -> dict[str, Any]:
             f"{file}: no such file; expected a directory that save_adapter wrote (runs/<name>/adapter)."
         )
     try:
-        record = json.loads(file.read_text())
-        record["base"] = Base(**record["base"])
-        fits = record["format"] == _FORMAT and isinstance(record["plan"], list)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file}: not readable ({error}); the file is damaged. Save the adapter again."
-        ) from error
-    if not fits:
-        raise CheckpointError(f"{file}: format {record['format']}; this version reads {_FORMAT}.")
-    return record
+        record = json_object(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} {error}; the file is damaged. Save the adapter again.") from error
+    check_format(record.get("format"), _FORMAT, str(file))
+    if not isinstance(record.get("plan"), list) or not isinstance(record.get("extra"), dict):
+        raise CheckpointError(f"{file}: it has no plan or no extra; the file is damaged. Save the adapter again.")
+    return record | {"base": read_base(record.get("base"), str(file))}
 
 
 def load_adapter(directory: os.PathLike[str] | str, params: Any, base: Base | None = None) -> Adapters:
@@ -104,12 +101,18 @@ def load_adapter(directory: os.PathLike[str] | str, params: Any, base: Base | No
     record = read_record(directory)
     if base is not None:
         check_base(base, record["base"], str(directory))
-    plan = from_config(params, record["plan"])
+    try:
+        plan = from_config(params, record["plan"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its plan cannot be read: {error}") from error
     tensors = open_safetensors(pathlib.Path(directory) / _WEIGHTS)
-    wanted = {f"sites/{e.site.path}/{name}": (*e.local.batch_shape, *leaf.shape) if e.site.kind != "param" else leaf.shape
-              for e in plan.entries for name, leaf in e.leaves.items()}  # fmt: skip
+    wanted = {
+        f"sites/{e.site.path}/{name}": (leaf, e.local.batch_shape if e.site.kind != "param" else ())
+        for e in plan.entries
+        for name, leaf in e.leaves.items()
+    }
     wanted |= {
-        f"shared/{group}/{name}": leaf.shape
+        f"shared/{group}/{name}": (leaf, ())
         for group, leaves in plan.shared_leaves.items()
         for name, leaf in leaves.items()
     }
@@ -118,11 +121,13 @@ def load_adapter(directory: os.PathLike[str] | str, params: Any, base: Base | No
         raise CheckpointError(
             f"{directory}: leaf {name!r} {problem}; the directory was put together from different adapters."
         )
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise CheckpointError(
-                f"{directory}: leaf {name!r} has shape {tuple(tensors[name].shape)}, its plan says {tuple(shape)}."
-            )
+    for name, (leaf, batch) in wanted.items():
+        shape, dtype = (*batch, *leaf.shape), tensors[name].dtype
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{directory}: leaf {name!r} has shape {tensors[name].shape}, its plan says {shape}.")
+        kind = jnp.floating if leaf.dtype is None else leaf.dtype
+        if not jnp.issubdtype(dtype, kind):
+            raise CheckpointError(f"{directory}: leaf {name!r} has type {dtype}, its plan says {kind.__name__}.")
     read = lambda name: jnp.array(tensors[name].read())  # noqa: E731
     sites = {e.site.path: {n: read(f"sites/{e.site.path}/{n}") for n in e.leaves} for e in plan.entries}
     shared = {group: {n: read(f"shared/{group}/{n}") for n in leaves} for group, leaves in plan.shared_leaves.items()}

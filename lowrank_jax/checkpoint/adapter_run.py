@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.checkpoint.reference import Base, CheckpointError, check_base
+from lowrank_jax.checkpoint.reference import Base, CheckpointError, check_base, check_format, read_base
 from lowrank_jax.checkpoint.store import Store
 from lowrank_jax.plan import Plan
 
@@ -105,13 +105,16 @@ class Checkpoints:
 
     def _about(self, step: int) -> dict[str, Any]:
         about, where = self._store.about(step), f"{self.directory}, step {step}"
-        if about.get("format") != _FORMAT:
-            raise CheckpointError(f"{where}: format {about.get('format')}; this version reads {_FORMAT}.")
-        check_base(self._base, Base(**about["base"]), where)
+        check_format(about.get("format"), _FORMAT, where)
+        check_base(self._base, read_base(about.get("base"), where), where)
         plan = _plain(self._plan.to_config())
-        if about["plan"] != plan:
+        if about.get("plan") != plan:
             raise CheckpointError(
-                f"{where}: {_difference(about['plan'], plan)} Restore the plan, or choose another workdir."
+                f"{where}: {_difference(about.get('plan'), plan)} Restore the plan, or choose another workdir."
+            )
+        if not isinstance(about.get("record"), dict):
+            raise CheckpointError(
+                f"{where}: its record is missing; it is damaged. Remove it to go on from the one before."
             )
         return about
 
@@ -124,14 +127,20 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _difference(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+def _difference(saved: Any, now: list[dict[str, Any]]) -> str:
     """The first place where two plans differ, in words."""
-    ours, theirs = {e["path"]: e for e in now}, {e["path"]: e for e in saved}
+    if not isinstance(saved, list) or not all(isinstance(e, dict) and isinstance(e.get("config"), dict) for e in saved):
+        return "its plan is damaged."
+    ours, theirs = {e["path"]: e for e in now}, {str(e.get("path")): e for e in saved}
     for path in [*ours, *theirs]:
         a, b = theirs.get(path), ours.get(path)
         if a != b:
             words = [
-                ("nothing" if e is None else f"{e['method']}({', '.join(f'{k}={v}' for k, v in e['config'].items())})")
+                (
+                    "nothing"
+                    if e is None
+                    else f"{e.get('method')}({', '.join(f'{k}={v}' for k, v in e['config'].items())})"
+                )
                 for e in (a, b)
             ]
             return f"it was made with another plan: at {path} it has {words[0]}, the plan here {words[1]}."

@@ -24,6 +24,28 @@ class Base(NamedTuple):
     hash: str
 
 
+def read_base(saved: Any, where: str) -> Base:
+    """The reference that ``Base._asdict`` gave, from JSON; a CheckpointError if it is none."""
+    names = set(saved) if isinstance(saved, Mapping) else set()
+    if names != set(Base._fields) or not all(isinstance(value, str) for value in saved.values()):
+        raise CheckpointError(
+            f"{where}: {str(saved)[:80]!r} is no reference to a base; expected its name and hash. The file is damaged: save it again."
+        )
+    return Base(**saved)
+
+
+def check_format(found: Any, known: int, where: str) -> None:
+    """Raises a CheckpointError unless a format is the one that is read here; says so if a later version wrote it."""
+    if found != known:
+        later = type(found) is int and found > known
+        remedy = (
+            "A later version of lowrank_jax wrote it: update lowrank_jax to read it."
+            if later
+            else "It is damaged: save it again."
+        )
+        raise CheckpointError(f"{where}: format {str(found)[:80]}; this version reads {known}. {remedy}")
+
+
 def base_reference(name: str, params: Any, exclude: Iterable[str] = ()) -> Base:
     """The reference of base parameters: SHA-256 over every leaf's path, dtype, shape and bytes.
 

@@ -38,7 +38,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(\w+)\.(weight|bias)")
 
 
 def as_hf_tensors(gguf: GGUF) -> Mapping[str, LazyTensor]:
@@ -70,7 +70,7 @@ def hf_name(name: str) -> str | None:
     match = _BLOCK.fullmatch(name)
     if match is None or match[2] not in _LAYER:
         return None
-    return f"model.layers.{int(match[1])}.{_LAYER[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 
 def restore_rows(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
     scaling = gguf.metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in gguf.tensors or gguf.metadata.get("llama.expert_count", 0):
         raise NotImplementedError(f"{gguf.file}: scaled rotary embeddings or experts; take the model as safetensors.")
-    hidden, heads = _number(gguf, "llama.embedding_length"), _number(gguf, "llama.attention.head_count")
+    hidden, heads = _count(gguf, "llama.embedding_length"), _count(gguf, "llama.attention.head_count")
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CorruptFileError(gguf.file, "no matrix token_embd.weight", "the embeddings")
@@ -115,12 +115,12 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
         "model_type": "llama",
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": _number(gguf, "llama.feed_forward_length"),
-        "num_hidden_layers": _number(gguf, "llama.block_count"),
+        "intermediate_size": _count(gguf, "llama.feed_forward_length"),
+        "num_hidden_layers": _count(gguf, "llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _number(gguf, "llama.attention.head_count_kv", heads),
-        "head_dim": _number(gguf, "llama.attention.key_length", hidden // heads),
-        "max_position_embeddings": _number(gguf, "llama.context_length"),
+        "num_key_value_heads": _count(gguf, "llama.attention.head_count_kv", heads),
+        "head_dim": _count(gguf, "llama.attention.key_length", hidden // heads),
+        "max_position_embeddings": _count(gguf, "llama.context_length"),
         "rms_norm_eps": _number(gguf, "llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": _number(gguf, "llama.rope.freq_base", 10000.0),
         "hidden_act": "silu",
@@ -129,23 +129,44 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token = gguf.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        token = special_token(gguf, theirs)
         if token is not None:
             config[f"{ours}_token_id"] = token
     return config
 
 
-def _number(gguf: GGUF, key: str, default: float | None = None) -> Any:
+def special_token(gguf: GGUF, name: str) -> int | None:
+    """The number of a special token ('bos', 'eos', 'padding'), or None where the file names none.
+
+    Raises:
+        CorruptFileError: it is no number.
+    """
+    key = f"tokenizer.ggml.{name}_token_id"
+    token = gguf.metadata.get(key)
+    if token is not None and type(token) is not int:
+        raise CorruptFileError(gguf.file, f"metadata {key} is {str(token)[:80]!r}", "the number of a token")
+    return token
+
+
+def _count(gguf: GGUF, key: str, default: int | None = None) -> int:
     value = gguf.metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise CorruptFileError(gguf.file, f"metadata {key} is {value!r}", "a positive number")
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CorruptFileError(gguf.file, f"metadata {key} is {str(value)[:80]!r}", "a positive whole number")
+    return value
+
+
+def _number(gguf: GGUF, key: str, default: float | None = None) -> float:
+    value = gguf.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise CorruptFileError(gguf.file, f"metadata {key} is {str(value)[:80]!r}", "a positive number")
     # The file holds float32; the shortest decimal that rounds to it was meant (1e-05, not 9.99999975e-06).
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _restored(gguf: GGUF, name: str, tensor: LazyTensor, heads: int) -> LazyTensor:
-    if tensor.shape[0] % (2 * heads):
-        raise CorruptFileError(gguf.file, f"tensor {name!r} has {tensor.shape[0]} rows", f"{heads} heads of even size")
+    rows = tensor.shape[0] if tensor.shape else 1
+    if rows % (2 * heads):
+        raise CorruptFileError(gguf.file, f"tensor {name!r} has {rows} rows", f"{heads} heads of even size")
     return dataclasses.replace(tensor, reader=lambda: restore_rows(tensor.read(), heads))
 
 

@@ -6,6 +6,7 @@ Every length in the file is checked against the bytes that are left before anyth
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import mmap
 import os
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lowrank_jax.models import gguf_blocks
-from lowrank_jax.models.tensors import CorruptFileError, LazyTensor
+from lowrank_jax.models.tensors import CorruptFileError, LazyTensor, check_shape
 
 _SCALARS = {
     0: "<B",
@@ -84,12 +85,19 @@ def open_gguf(path: os.PathLike[str] | str) -> GGUF:
             cursor.fail(f"general.alignment is {alignment!r}", "a positive multiple of 8")
         start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, LazyTensor] = {}
-    types = {}
+    types, spans = {}, []
     for name, shape, kind, offset in entries:
         if name in tensors:
             raise CorruptFileError(path, f"tensor {name!r} occurs twice", "unique names")
-        tensors[name] = _lazy(path, size, alignment, name, shape, kind, start + offset)
-        types[name] = gguf_blocks.BLOCK_TYPES[kind].name
+        stored = _stored(path, size, alignment, name, shape, kind, start + offset)
+        spans.append((stored.offset, stored.offset + stored.blocks * stored.block.size, name))
+        tensors[name] = LazyTensor(shape, stored.block.dtype, path, stored)
+        types[name] = stored.block.name
+    # Many tensors over the same bytes would be read as more numbers than the file can hold.
+    spans.sort()
+    for (_, end, before), (begin, _, name) in itertools.pairwise(spans):
+        if begin < end:
+            raise CorruptFileError(path, f"tensor {name!r} begins within {before!r}", "tensors one after the other")
     return GGUF(metadata, tensors, types, path)
 
 
@@ -164,9 +172,9 @@ def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.scalar("<I"), cursor.scalar("<Q")
 
 
-def _lazy(
+def _stored(
     path: pathlib.Path, size: int, alignment: int, name: str, shape: tuple[int, ...], kind: int, begin: int
-) -> LazyTensor:
+) -> _Stored:
     block = gguf_blocks.BLOCK_TYPES.get(kind)
     if block is None:
         stored = gguf_blocks.UNREAD_TYPES.get(kind, f"type {kind}")
@@ -188,7 +196,8 @@ def _lazy(
             f"an offset inside the file that {alignment} divides",
             "The file is cut short or damaged: fetch it again.",
         )
-    return LazyTensor(shape, block.dtype, path, _Stored(path, begin, shape, block))
+    check_shape(path, name, shape, block.dtype)
+    return _Stored(path, begin, shape, block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +209,12 @@ class _Stored:
     shape: tuple[int, ...]
     block: gguf_blocks.BlockType
 
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.shape) // self.block.weights
+
     def __call__(self) -> np.ndarray:
-        blocks = math.prod(self.shape) // self.block.weights
-        if not blocks:  # an empty part of a file cannot be mapped
+        if not self.blocks:  # an empty part of a file cannot be mapped
             return np.zeros(self.shape, self.block.dtype)
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (blocks, self.block.size)).view(np.ndarray)
+        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.blocks, self.block.size)).view(np.ndarray)
         return self.block.decode(raw).reshape(self.shape)

@@ -57,6 +57,7 @@ def load_gguf(
     gguf = open_gguf(path)
     config = from_hf(hf_config(gguf), dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat)
     tensors = {hf_map.canonical(name): tensor for name, tensor in as_hf_tensors(gguf).items()}
+    hf.check_depth(gguf.file, config, tensors)
     table = hf_map.entries(config)
     unexpected = sorted(set(tensors) - {name for entry in table for name in entry.names})
     if unexpected:

@@ -6,6 +6,7 @@ from typing import Any
 
 import tokenizers
 
+from lowrank_jax.models.gguf import special_token
 from lowrank_jax.models.gguf_file import GGUF
 from lowrank_jax.models.tensors import CorruptFileError
 
@@ -58,23 +59,23 @@ def gguf_tokenizer(gguf: GGUF) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     config: dict[str, Any] = {}
     for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
-        token = meta.get(f"tokenizer.ggml.{theirs}_token_id")
+        token = special_token(gguf, theirs)
         if token is not None:
             if not 0 <= token < len(tokens):
                 raise CorruptFileError(gguf.file, f"{theirs}_token_id is {token}", f"0 to {len(tokens) - 1}")
             config[ours] = tokens[token]
-    if meta.get("tokenizer.ggml.add_bos_token", False):
-        _begin_with(backend, config.get("bos_token"), meta["tokenizer.ggml.bos_token_id"])
-    if "tokenizer.chat_template" in meta:
-        config["chat_template"] = meta["tokenizer.chat_template"]
-    return backend, config
-
-
-def _begin_with(backend: tokenizers.Tokenizer, token: str | None, index: int) -> None:
-    if token is not None:
+    if meta.get("tokenizer.ggml.add_bos_token", False) and "bos_token" in config:
+        # Under a name of ours in the template, whatever characters the token has.
+        begin = {"id": "bos", "ids": [special_token(gguf, "bos")], "tokens": [config["bos_token"]]}
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, index)]
+            single="bos $A", pair="bos $A $B", special_tokens=[begin]
         )
+    template = meta.get("tokenizer.chat_template")
+    if template is not None:
+        if not isinstance(template, str):
+            raise CorruptFileError(gguf.file, f"tokenizer.chat_template is a {type(template).__name__}", "text")
+        config["chat_template"] = template
+    return backend, config
 
 
 def _strings(gguf: GGUF, key: str, kind: type) -> list[Any]:

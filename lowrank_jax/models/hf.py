@@ -7,7 +7,6 @@ else, whatever the layout and the sharding.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from lowrank_jax.files import json_object
 from lowrank_jax.models import hf_map
 from lowrank_jax.models.configs import BertConfig, from_hf
 from lowrank_jax.models.tensors import LazyTensor, open_safetensors
@@ -124,6 +124,7 @@ def load(
     overrides |= {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
     config = _configure(hf, task, num_labels, overrides)
     tensors = {hf_map.canonical(name): tensor for name, tensor in _open(directory).items()}
+    check_depth(directory, config, tensors)
     if isinstance(config, BertConfig) and config.task == "encoder" and "use_pooler" not in overrides:
         config = dataclasses.replace(config, use_pooler="pooler.dense.weight" in tensors)
 
@@ -186,12 +187,9 @@ def _read_config(directory: pathlib.Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; a checkpoint directory needs a config.json")
     try:
-        hf = json.loads(file.read_text())
+        return json_object(file.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(hf, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(hf).__name__}")
-    return hf
+        raise CheckpointError(f"{file} {error}; fetch it again") from error
 
 
 def _configure(hf: Mapping[str, Any], task: str | None, num_labels: int | None, overrides: Mapping[str, Any]) -> Config:
@@ -243,6 +241,14 @@ def _fresh(
 
 def _shape(entry: hf_map.Entry, tensor: LazyTensor) -> tuple[int, ...]:
     return tensor.shape[::-1] if entry.transpose else tensor.shape
+
+
+def check_depth(file: pathlib.Path, config: Config, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raises a CheckpointError for more layers than there are tensors, before anything is made for each of them."""
+    if config.num_hidden_layers > len(tensors):
+        raise CheckpointError(
+            f"{file}: {config.num_hidden_layers} layers are announced, but there are {len(tensors)} tensors; is a shard absent?"
+        )
 
 
 def _check(

@@ -13,16 +13,18 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from lowrank_jax.files import write_file
+from lowrank_jax.files import json_object, write_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference reader
 INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"[ -.0-9;-\[\]-~]{1,200}\.safetensors")  # printable ASCII without '/', ':' and '\\'
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -166,24 +168,23 @@ def _choose(folder: pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(f"{folder}: found {found}; expected model.safetensors, or {INDEX_NAME} with its shards.")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
+def check_shape(path: pathlib.Path, name: str, shape: Sequence[int], dtype: np.dtype) -> None:
+    """Raises a CorruptFileError where NumPy has no array of this shape, which an axis of length 0 lets pass every other check."""
+    if math.prod(n for n in shape if n) * dtype.itemsize >= 2**63:
+        raise CorruptFileError(path, f"tensor {name!r} has shape {tuple(shape)}", "sizes that an array can have")
 
 
 def _parse(path: pathlib.Path, raw: bytes, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(path, f"{what} is not valid JSON ({error})", "a JSON object") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(path, f"{what} is a JSON {type(value).__name__}", "a JSON object")
-    return value
+        return json_object(raw)
+    except ValueError as error:
+        raise CorruptFileError(path, f"{what} {error}", "a JSON object") from error
 
 
 def _open_index(path: pathlib.Path) -> dict[str, LazyTensor]:
+    size = path.stat().st_size
+    if size > MAX_HEADER_BYTES:
+        raise CorruptFileError(path, f"an index of {size:,} bytes", f"at most {MAX_HEADER_BYTES:,}")
     weight_map = _parse(path, path.read_bytes(), "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(path, "no 'weight_map'", "an object from tensor names to file names")
@@ -191,7 +192,7 @@ def _open_index(path: pathlib.Path) -> dict[str, LazyTensor]:
     result = {}
     for name, file in weight_map.items():
         # A plain name only: an index from the network must not make us read elsewhere on the disk.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
             raise CorruptFileError(path, f"tensor {name!r} points to {file!r}", "a .safetensors name in this directory")
         if file not in shards:
             if not (path.parent / file).is_file():
@@ -217,8 +218,8 @@ def _open_file(path: pathlib.Path) -> dict[str, LazyTensor]:
             raise CorruptFileError(path, found, "a header that fits its file")
         header = _parse(path, stream.read(length), "the header")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise CorruptFileError(path, "'__metadata__' is not an object", "strings by name")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFileError(path, f"'__metadata__' is {str(metadata)[:80]}", "strings by name")
     base, data_size = 8 + length, size - 8 - length
     result, spans = {}, []
     for name, entry in header.items():
@@ -256,6 +257,7 @@ def _check_entry(
     if math.prod(shape) * dtype.itemsize != end - begin:
         found = f"tensor {name!r} of shape {tuple(shape)} and dtype {entry['dtype']} has {end - begin:,} bytes"
         raise CorruptFileError(path, found, f"{math.prod(shape) * dtype.itemsize:,}")
+    check_shape(path, name, shape, dtype)
     return dtype, tuple(shape), begin, end
 
 

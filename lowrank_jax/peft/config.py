@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from lowrank_jax.files import json_object
 from lowrank_jax.peft.codecs import CODECS
 from lowrank_jax.peft.codecs.base import Codec
 from lowrank_jax.peft.directory import FILE
@@ -51,11 +51,9 @@ def read_config(directory: pathlib.Path) -> tuple[Codec, dict[str, Any]]:
             f"{file}: no such file; expected what PEFT's save_pretrained or lowrank_jax.peft.save wrote.{hint}"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json_object(file.read_bytes())
     except ValueError as error:
-        raise PeftFormatError(f"{file}: not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(config, dict):
-        raise PeftFormatError(f"{file}: expected a JSON object, got {type(config).__name__}.")
+        raise PeftFormatError(f"{file} {error}; fetch it again.") from error
     codec = CODECS.get(str(config.get("peft_type")))
     if codec is None:
         raise PeftFormatError(

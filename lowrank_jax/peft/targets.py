@@ -125,7 +125,9 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
         return True
     # Without a pattern the list of layers may not stand at the root: so PEFT reads it.
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    for expression in [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]:
+    for expression in [rf"(?:^|.*?\.){pattern}\.([0-9]{{1,9}})\." for pattern in patterns or ()] or [
+        r".*?\.[^.]*\.([0-9]{1,9})\."
+    ]:
         match = re.match(expression, module)
         if match:
             return int(match[1]) in ([layers] if isinstance(layers, int) else layers)

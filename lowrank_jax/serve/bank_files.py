@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_jax.checkpoint import Base, CheckpointError, check_base, load_adapter, read_record, save_adapter
-from lowrank_jax.files import write_directory
+from lowrank_jax.checkpoint.reference import check_format, read_base
+from lowrank_jax.files import json_object, write_directory
 from lowrank_jax.serve.bank import Bank, check_name
 
 _FORMAT = 1
@@ -86,15 +87,21 @@ def _read(root: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a directory that save_bank wrote.")
     try:
-        about = json.loads(file.read_text())
-        about["base"] = Base(**about["base"])
-        for name in about["adapters"]:
-            check_name(name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not readable ({error}); the file is damaged. Save the bank again.") from error
-    if about["format"] != _FORMAT:
-        raise CheckpointError(f"{file}: format {about['format']}; this version reads {_FORMAT}.")
-    return about
+        about = json_object(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} {error}; the file is damaged. Save the bank again.") from error
+    check_format(about.get("format"), _FORMAT, str(file))
+    names = about.get("adapters")
+    if not isinstance(names, list):
+        raise CheckpointError(
+            f"{file}: not readable, its adapters are no list; the file is damaged. Save the bank again."
+        )
+    try:
+        for name in names:
+            check_name(name)  # a name is a directory's
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error} The file is damaged: save the bank again.") from error
+    return about | {"base": read_base(about.get("base"), str(file))}
 
 
 def _check_free(out: pathlib.Path) -> None:
