@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 import lowrank_jax as lr
@@ -17,7 +18,7 @@ from train import base, evaluation, job, optimizer, report, sharding
 from train import config as configs
 from train.metrics_log import Bar, MetricsLog
 from train.processes import Stopped, Termination
-from train.step import State, Stepper, peak_bytes, start
+from train.step import State, Stepper, start
 
 
 class TrainingError(ValueError):
@@ -61,6 +62,17 @@ class _Place:
     seconds: float = 0.0
     loss: float = 0.0  # sums since the last report
     weight: float = 0.0
+
+
+class _Pending(NamedTuple):
+    """A report whose numbers are still on the devices; it is read once they have the next update to do."""
+
+    step: int
+    units: int  # since the last report
+    ok: jax.Array
+    loss: jax.Array
+    weight: jax.Array
+    learning_rate: jax.Array
 
 
 def run(config: ml_collections.ConfigDict) -> Result:
@@ -112,6 +124,9 @@ class _Session:
         self.batches, self.times = job.train.iterator(position), job.train.times
         self.log = MetricsLog(directory, self.place.step)
         self.scores: dict[str, float] = {}
+        self.schedule = jax.jit(optimizer.schedule(job.config, job.total_steps))
+        self.pending: _Pending | None = None
+        self.units, self.began = 0, 0.0  # of the batches made, and when, since the last report
 
     def _restore(self, initial: lr.Adapters) -> tuple[_Place, dict[str, Any] | None, lr.Adapters, Any]:
         if not self.checkpoints.steps:
@@ -137,7 +152,7 @@ class _Session:
         config, place, total = self.job.config, self.place, self.job.total_steps
         if place.step:
             bar.say(f"going on from step {place.step} of {total}")
-        stepper, units, began = None, 0, time.perf_counter()
+        stepper, self.began = None, time.perf_counter()
         while place.step < total and not self._stopped():
             if place.step in self.phases[1:]:
                 self._next_phase(bar)
@@ -146,8 +161,9 @@ class _Session:
                 stepper = Stepper(self.job, self.tx, lambda width: bar.doing(f"compiling for width {width}"))
             batch = next(self.batches)
             self.state = stepper(self.state, self.frozen, self.params, batch)
-            self.peak = max([self.peak, *map(peak_bytes, stepper.compiled.values())])
-            place.step, units = place.step + 1, units + self.job.task.count(batch)
+            self._report(bar)
+            self.peak = max(self.peak, stepper.peak)
+            place.step, self.units = place.step + 1, self.units + self.job.task.count(batch)
             bar.advance(place.step)
             last = place.step == total
             evaluating, saving = (
@@ -155,14 +171,13 @@ class _Session:
                 due(place.step, config.checkpoint_every, last),
             )
             if due(place.step, config.log_every, last):
-                self._check()
-                seconds = time.perf_counter() - began
-                self._report(bar, units * self.times / seconds)
-                place.seconds, units, began = place.seconds + seconds, 0, time.perf_counter()
+                self._note()
             if evaluating or saving:
-                self._check()
+                self._report(bar)
+                self._check(self.state.ok)
                 score = self._evaluate(bar) if evaluating else None
-                place.seconds, units, began = place.seconds + time.perf_counter() - began, 0, time.perf_counter()
+                self._lap()
+                self.units = 0
                 self._save(score)
             if termination.asked(place.step) and not last:
                 self._stop(bar, saved=evaluating or saving)
@@ -170,7 +185,9 @@ class _Session:
 
     def _stop(self, bar: Bar, saved: bool) -> NoReturn:
         if not saved:
-            self._check()
+            self._report(bar)
+            self._check(self.state.ok)
+            self._lap()
             self._save(None)
         self.checkpoints.wait()
         self.log.close()
@@ -188,8 +205,8 @@ class _Session:
         after = self.job.plan.count(self.place.step, self.job.total_steps)
         bar.say(f"step {self.place.step}: next phase, {before:,} -> {after:,} trained parameters; compiling again")
 
-    def _check(self) -> None:
-        if not bool(self.state.ok):
+    def _check(self, ok: jax.Array) -> None:
+        if not bool(ok):
             self.checkpoints.wait()
             good = self.checkpoints.steps
             raise TrainingError(
@@ -202,12 +219,33 @@ class _Session:
                 + "Lower config.learning_rate, raise config.warmup, or set config.clip."
             )
 
-    def _report(self, bar: Bar, rate: float) -> None:
-        loss = float(self.state.loss) / max(float(self.state.weight), 1.0)
-        self.state = self.state._replace(loss=0 * self.state.loss, weight=0 * self.state.weight)
-        bar.report(self.place.step, loss, rate)
-        learning_rate = optimizer.schedule(self.job.config, self.job.total_steps)(self.place.step - 1)
-        self.log.write(self.place.step, {"train/loss": loss, "train/learning_rate": float(learning_rate)})
+    def _note(self) -> None:
+        """Sets aside what is to be reported of the update just made, without waiting for it."""
+        state, step = self.state, self.place.step
+        # The next update takes over the buffers of the state: what is to outlive it is copied, or replaced there.
+        self.pending = _Pending(
+            step, self.units, jnp.copy(state.ok), state.loss, state.weight, self.schedule(step - 1)
+        )  # fmt: skip
+        self.state = state._replace(loss=0 * state.loss, weight=0 * state.weight)
+        self.units = 0
+
+    def _report(self, bar: Bar) -> None:
+        """Reports what was set aside, if anything."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        self._check(pending.ok)
+        loss = float(pending.loss) / max(float(pending.weight), 1.0)
+        bar.report(pending.step, loss, pending.units * self.times / self._lap())
+        values = {"train/loss": loss, "train/learning_rate": float(pending.learning_rate)}
+        self.log.write(pending.step, values)
+
+    def _lap(self) -> float:
+        """Seconds since the last lap, which are added to the run's."""
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
+        self.place.seconds += seconds
+        return seconds
 
     def _evaluate(self, bar: Bar) -> float:
         bar.doing("evaluating")
