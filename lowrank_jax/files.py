@@ -2,18 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+_FAILING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+_PART = ".part"  # ends the names of what is not complete
+_LEFTOVER = re.compile(rf"\..+\.[a-z0-9_]{{8}}\{_PART}")
+
+
+class StorageError(OSError):
+    """A disk did not take what was to be written: it is full, over a quota, read-only or failing. What stood there before stands."""
+
+
+@contextlib.contextmanager
+def storing(
+    what: Any, remedy: str = "What stood there before is untouched. Make room and save again."
+) -> Iterator[None]:
+    """Makes the errors of a disk within the block a `StorageError`; others pass.
+
+    Args:
+      what: is written there, for the message. remedy: what to do.
+
+    Example:
+      >>> with storing("adapter"):
+      ...     raise OSError(errno.ENOSPC, "No space left on device")
+      Traceback (most recent call last):
+      ...
+      lowrank_jax.files.StorageError: adapter: could not be written (No space left on device). What stood there before is untouched. ...
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno not in _FAILING:
+            raise
+        raise StorageError(f"{what}: could not be written ({os.strerror(error.errno)}). {remedy}") from error
+
+
+def sweep(directory: pathlib.Path) -> None:
+    """Removes what killed writers left in a directory. Nobody else may be writing there."""
+    for left in directory.iterdir():
+        if _LEFTOVER.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_file(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes chunks of bytes to a temporary file beside ``path``, syncs it, and renames it to ``path``."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes chunks of bytes to a temporary file beside ``path``, syncs it, and renames it to ``path``.
+
+    Raises:
+      StorageError: the disk is full or failing.
+    """
+    with storing(path):
+        _write_file(path, chunks)
+
+
+def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """Makes ``out`` with what ``fill`` writes into a temporary directory beside it; what stood there is replaced, and removed last.
+
+    Raises:
+      StorageError: the disk is full or failing.
+    """
+    with storing(out):
+        _write_directory(out, fill)
+
+
+def _write_file(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     try:
         with os.fdopen(handle, "wb") as stream:
             for chunk in chunks:
@@ -27,10 +88,9 @@ def write_file(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None
         raise
 
 
-def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """Makes ``out`` with what ``fill`` writes into a temporary directory beside it; what stood there is replaced, and removed last."""
+def _write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    room = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    room = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=_PART))
     try:
         new = room / "new"
         new.mkdir()

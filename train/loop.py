@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from typing import Any, NoReturn
 
 import jax
@@ -12,12 +11,14 @@ import ml_collections
 
 import lowrank_jax as lr
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, save_adapter
+from lowrank_jax.files import sweep, write_file
 from lowrank_jax.hosts import leads
 from train import config as configs
 from train import evaluation, job, optimizer, report, sharding
 from train.metrics_log import Bar, MetricsLog
 from train.processes import Stopped, Termination
 from train.step import State, Stepper, peak_bytes, start
+from train.stopwatch import Stopwatch, rate
 
 
 class TrainingError(ValueError):
@@ -72,6 +73,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     Raises:
       ConfigError, ValueError: see the message. TrainingError: the loss is not finite.
       CheckpointError: the workdir holds another run, or its newest checkpoint is damaged.
+      StorageError: the disk of the workdir is full or failing; the same command goes on from the newest checkpoint.
       Stopped: SIGTERM came to one of the processes; a checkpoint is saved.
     """
     return train(job.load(config))
@@ -83,8 +85,9 @@ def train(job: job.Job) -> Result:
     directory = configs.workdir(config)
     directory.mkdir(parents=True, exist_ok=True)
     if leads():
-        (directory / "config.json").write_text(configs.to_json(config) + "\n")
-        (directory / "plan.txt").write_text(f"{job.plan}\n")
+        sweep(directory)
+        write_file(directory / "config.json", [(configs.to_json(config) + "\n").encode()])
+        write_file(directory / "plan.txt", [f"{job.plan}\n".encode()])
     initial = lr.init(jax.random.key(config.seed), job.params, job.plan, statistics=job.statistics)
     with Checkpoints(directory / "checkpoints", job.base, job.plan, config.keep) as checkpoints:
         session = _Session(job, directory, checkpoints, initial)
@@ -123,6 +126,11 @@ class _Session:
                 f"{self.checkpoints.directory} holds a run of {saved['total_steps']} updates with seed {saved['seed']}; the configuration "
                 f"asks for {total} with seed {self.job.config.seed}. Choose another workdir, or remove this one."
             )
+        if not saved["place"]["step"] == step <= total:
+            raise CheckpointError(
+                f"{self.checkpoints.directory}: the checkpoint of step {step} says that it is of step {saved['place']['step']} of {total}; "
+                f"it was moved there or is damaged. Remove {self.checkpoints.directory / str(step)} to go on from the one before."
+            )
         # The checkpoint of a step belongs to the phase that ended with it.
         train, _ = lr.partition(initial, max(step - 1, 0), total)
         restored = self.checkpoints.restore(initial, sharding.spread(self.tx.init(train), self.job.mesh))
@@ -137,7 +145,7 @@ class _Session:
         config, place, total = self.job.config, self.place, self.job.total_steps
         if place.step:
             bar.say(f"going on from step {place.step} of {total}")
-        stepper, units, began = None, 0, time.perf_counter()
+        stepper, units, watch = None, 0, Stopwatch()
         while place.step < total and not self._stopped():
             if place.step in self.phases[1:]:
                 self._next_phase(bar)
@@ -156,13 +164,13 @@ class _Session:
             )
             if due(place.step, config.log_every, last):
                 self._check()
-                seconds = time.perf_counter() - began
-                self._report(bar, units * self.times / seconds)
-                place.seconds, units, began = place.seconds + seconds, 0, time.perf_counter()
+                seconds = watch.lap()
+                self._report(bar, rate(units * self.times, seconds))
+                place.seconds, units = place.seconds + seconds, 0
             if evaluating or saving:
                 self._check()
                 score = self._evaluate(bar) if evaluating else None
-                place.seconds, units, began = place.seconds + time.perf_counter() - began, 0, time.perf_counter()
+                place.seconds, units = place.seconds + watch.lap(), 0
                 self._save(score)
             if termination.asked(place.step) and not last:
                 self._stop(bar, saved=evaluating or saving)

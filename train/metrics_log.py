@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lowrank_jax.files import json_object, storing, write_file
 from lowrank_jax.hosts import leads
+from train.stopwatch import Stopwatch
+from train.tensorboard import EventFile
 
 
 class MetricsLog:
@@ -23,48 +25,53 @@ class MetricsLog:
     """
 
     def __init__(self, directory: pathlib.Path, step: int = 0):
-        from tensorboardX import SummaryWriter
-
         self._writes = leads()
         if not self._writes:
             return
         self._file = directory / "metrics.jsonl"
-        _rewrite(self._file, [row for row in read(self._file) if row["step"] <= step])
-        self._stream = self._file.open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        kept = [row for row in read(self._file) if row["step"] <= step]
+        write_file(self._file, [(json.dumps(row) + "\n").encode() for row in kept])
+        with self._storing():
+            self._stream = self._file.open("a")
+            self._board = EventFile(directory / "tensorboard", step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line; names such as 'train/loss'."""
+        """Writes one line; names such as 'train/loss'.
+
+        Raises:
+          StorageError: the disk is full or failing.
+        """
         if not self._writes:
             return
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._storing():
+            self._stream.write(json.dumps({"step": step, **values}) + "\n")
+            self._stream.flush()
+            self._board.write(step, dict(values))
 
     def close(self) -> None:
         if self._writes:
-            self._stream.close()
-            self._board.close()
+            with self._storing():
+                self._stream.close()
+                self._board.close()
+
+    def _storing(self) -> contextlib.AbstractContextManager[None]:
+        return storing(self._file, "Make room; the same command goes on from the newest checkpoint.")
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a killed process left unfinished is dropped."""
+    """The rows of a metrics file; what follows a line that a killed process or a full disk left unfinished is dropped."""
     if not file.is_file():
         return []
-    rows = []
-    for line in file.read_text().splitlines():
+    rows: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json_object(line)
         except ValueError:
             break
+        if type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows
-
-
-def _rewrite(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, file)
 
 
 class Bar:
@@ -78,7 +85,7 @@ class Bar:
                    TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         self._progress = Progress(*columns, console=self.console, disable=not self._live)
         self._task = self._progress.add_task("train", total=total, completed=step, note="")
-        self._began, self._first = time.perf_counter(), step
+        self._watch, self._seconds, self._first = Stopwatch(), 0.0, step
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -95,8 +102,9 @@ class Bar:
         """Shows the loss and the speed; ``rate`` is in units a second."""
         note = f"loss {loss:.4f}  {rate:,.0f} {self._unit}/s"
         self._progress.update(self._task, completed=step, note=note)
+        self._seconds += self._watch.lap()
         if not self._live:
-            left = (time.perf_counter() - self._began) / max(step - self._first, 1) * (self._total - step)
+            left = self._seconds / max(step - self._first, 1) * (self._total - step)
             self.console.print(
                 f"step {step}/{self._total}  {note}  left {int(left) // 60}:{int(left) % 60:02d}", highlight=False
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.checkpoint.checksum import checksum
 from lowrank_jax.checkpoint.reference import CheckpointError
+from lowrank_jax.files import StorageError, storing
 from lowrank_jax.sites import flatten
 
 
@@ -52,11 +55,18 @@ class Store:
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         # What is being saved needs all processes, and an error may be that one is gone.
         if kind is None or jax.process_count() == 1:
-            self.close()
+            # A disk that fails fails everything: the error that came first is the one to be seen.
+            with contextlib.suppress(*[] if kind is None else [StorageError]):
+                self.close()
 
     def close(self) -> None:
-        """Waits for what is being saved, and lets the directory go."""
-        self._manager.close()
+        """Waits for what is being saved, and lets the directory go.
+
+        Raises:
+          StorageError: as `wait`.
+        """
+        with self._storing():
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -69,15 +79,43 @@ class Store:
         Args:
           trees: pytrees of arrays by name. about: JSON-able data.
           score: of an evaluation at this step, higher is better; None: not evaluated.
+
+        Raises:
+          StorageError: the disk is full or failing, now or while the checkpoint before was written.
         """
         state = _detached(dict(trees))
         metrics = None if score is None else {"score": float(score)}
-        self._manager.save_checkpointables_async(step, state, force=True, overwrite=step in self.steps, metrics=metrics,
-                                                 custom_metadata={**about, "checksums": _checksums(state)})  # fmt: skip
+        with self._storing():
+            self._manager.save_checkpointables_async(step, state, force=True, overwrite=step in self.steps, metrics=metrics,
+                                                     custom_metadata={**about, "checksums": _checksums(state)})  # fmt: skip
 
     def wait(self) -> None:
-        """Waits until everything saved is on the disk."""
-        self._manager.wait()
+        """Waits until everything saved is on the disk.
+
+        Raises:
+          StorageError: the disk is full or failing.
+        """
+        with self._storing():
+            self._manager.wait()
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """The disk's errors as StorageErrors; they may be those of an earlier save, which is done in the background."""
+        steps = self.steps
+        remedy = f"The newest complete one is of step {steps[-1]}. " if steps else ""
+        remedy += "Make room; the same command goes on from there." if steps else "Make room and begin again."
+        with storing(f"{self.directory}: a checkpoint", remedy):
+            try:
+                yield
+            except TimeoutError as error:  # Orbax measures on the clock of the wall
+                raise StorageError(
+                    f"{self.directory}: a checkpoint was not complete in time; the disk is slow, or the clock was set forward. {remedy}"
+                ) from error
+            except ValueError as error:  # TensorStore's
+                code = re.search(r"os_error_code='(\d+)'", str(error))
+                if code is None:
+                    raise
+                raise OSError(int(code[1]), str(error)) from error
 
     def existing(self, step: int | None = None) -> int:
         """The step itself, or the newest for None.

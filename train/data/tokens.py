@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank_jax import assets
+from train.data.patience import patiently
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -124,8 +126,13 @@ def _batches(records: Sequence[Any]) -> Iterator[Sequence[Any]]:
         for start in range(0, len(records), _AT_ONCE):
             indices = list(range(start, min(start + _AT_ONCE, len(records))))
             many = getattr(records, "__getitems__", None)  # array_record reads a list of records in one call
-            yield many(indices) if many is not None else [records[i] for i in indices]
+            read = functools.partial(many or _one_by_one(records), indices)
+            yield patiently(f"examples {start} to {start + len(indices) - 1}", read)
             bar.advance(task, len(indices))
+
+
+def _one_by_one(records: Sequence[Any]) -> Callable[[Sequence[int]], Sequence[Any]]:
+    return lambda indices: [records[i] for i in indices]
 
 
 def _map(folder: pathlib.Path, field: str) -> np.ndarray:

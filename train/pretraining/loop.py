@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,16 +15,17 @@ import numpy as np
 
 from lowrank_jax import models
 from lowrank_jax.checkpoint import CheckpointError, Store
-from lowrank_jax.files import write_file
+from lowrank_jax.files import sweep, write_file
 from lowrank_jax.hosts import leads, on_host, wait
 from train import config as configs
-from train import metrics_log, report, sharding
+from train import metrics_log, report, sharding, stopwatch
 from train.loop import TrainingError, due
 from train.metrics_log import Bar, MetricsLog
 from train.pretraining.run import Run, load, rate
 from train.pretraining.step import Fixed, make_evaluate, make_refresh, make_update, merged, start
 from train.processes import Stopped, Termination
 from train.step import peak_bytes
+from train.stopwatch import Stopwatch
 
 _KEYS = ("tokens", "loss_mask")
 Evaluate = Callable[..., dict[str, jax.Array]]
@@ -74,6 +74,8 @@ def train(job: Run) -> Result:
     """`run` on a loaded job."""
     directory = configs.workdir(job.config)
     directory.mkdir(parents=True, exist_ok=True)
+    if leads():
+        sweep(directory)
     with Store(directory / "checkpoints", job.config.keep) as store:
         session = _Session(job, directory, store)
         if leads():
@@ -96,7 +98,7 @@ class _Session:
         self.batches = job.train.iterator(position)
         self.log = MetricsLog(directory, self.step)
         self.rate, self.loss, self.peak, self.refresh_peak = 0.0, math.nan, 0, 0
-        self._counted, self._began = float(self.state.weight), 0.0
+        self._counted, self._watch = float(self.state.weight), Stopwatch()
         self._evaluate = jax.jit(
             _with_valid(make_evaluate(job)), out_shardings=job.mesh and sharding.everywhere(job.mesh)
         )
@@ -117,6 +119,11 @@ class _Session:
                 )
         trees = self.store.restore(step, {"state": self.state, "fixed": _arrays(self.fixed)})
         self.state = trees["state"]
+        if self.step != step:
+            raise CheckpointError(
+                f"{self.store.directory}: the checkpoint of step {step} is of step {self.step}; it was moved there. "
+                f"Remove {self.store.directory / str(step)} to go on from the one before."
+            )
         held, leaves = trees["fixed"]["held"], trees["fixed"]["adapters"]
         self.fixed = Fixed(held, self.fixed.adapters.replace(sites=leaves["sites"], shared=leaves["shared"]))
         self.tokens, self.seconds = about["tokens"], about["seconds"]
@@ -131,7 +138,7 @@ class _Session:
         config, learner, total, step = self.job.config, self.job.learner, self.job.config.steps, self.step
         if step:
             bar.say(f"going on from step {step} of {total}")
-        self._began = time.perf_counter()
+        self._watch.lap()
         while step < total:
             batch = next(self.batches)
             inputs = sharding.put_batch({name: batch[name] for name in _KEYS}, self.job.mesh)
@@ -169,11 +176,11 @@ class _Session:
 
     def _lap(self) -> float:
         """Adds up time and tokens since the last call; tokens a second meanwhile."""
-        now, weight = time.perf_counter(), float(self.state.weight)
-        elapsed, units = now - self._began, round(weight - self._counted)
+        elapsed, weight = self._watch.lap(), float(self.state.weight)
+        units = round(weight - self._counted)
         self.seconds, self.tokens = self.seconds + elapsed, self.tokens + units
-        self._began, self._counted = now, weight
-        return units / max(elapsed, 1e-9)
+        self._counted = weight
+        return stopwatch.rate(units, elapsed)
 
     def _updating(self, bar: Bar, inputs: Any) -> Any:
         if "update" not in self._compiled:
