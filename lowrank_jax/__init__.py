@@ -72,6 +72,7 @@ from lowrank_jax.methods import (
 )
 from lowrank_jax.pareto import ParetoDirection, pareto_direction
 from lowrank_jax.plan import Plan, on_layers, plan
+from lowrank_jax.quantize import dequantize, quantize
 from lowrank_jax.rank_map import RankMap, rank_map
 from lowrank_jax.serve.bank import Bank
 from lowrank_jax.serve.bank_files import load_bank, save_bank
@@ -113,6 +114,7 @@ __all__ = [
     "corda",
     "count",
     "d90",
+    "dequantize",
     "dora",
     "dual_galore",
     "dylora",
@@ -156,6 +158,7 @@ __all__ = [
     "petalface",
     "pissa",
     "plan",
+    "quantize",
     "randlora",
     "rank_map",
     "remat",

@@ -18,8 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_jax.forms import Form, UnsupportedError, leaf_spec
 from lowrank_jax.methods.base import Context, Given, Leaves, Method, Seen, build
 from lowrank_jax.plan import SHARED, Entry, Plan, check_statistics, gather, local_kernel
+from lowrank_jax.quantized import Quantized, layers
 from lowrank_jax.sites import Site, flatten, named_sharding
 from lowrank_jax.stats.statistics import Statistics
+from lowrank_jax.unread import Unread
 
 
 @struct.dataclass
@@ -61,7 +63,7 @@ def init(
     """Makes a plan's adapters.
 
     Each site's randomness depends on ``key`` and its path only. Where the base is sharded over a mesh the leaves are laid out
-    beside their kernels.
+    beside their kernels. A weight that is quantised or still in its file is dense while its own site is made, a stack layer by layer.
 
     Args:
       key: a PRNG key. params: the model's parameters; read, never changed. dtype: storage dtype of floating leaves.
@@ -85,8 +87,12 @@ def init(
         weight = flat[entry.site.path]
         sharding = named_sharding(weight)
         mesh = None if sharding is None else sharding.mesh
+        path_hash = _path_hash(entry.site.path)
+        if _one_at_a_time(entry, weight):
+            made[entry.site.path] = _init_layers(key, path_hash, entry, weight, jnp.dtype(dtype), mesh)
+            continue
         make = _maker(entry.method, _anonymous(entry.site), entry.layers, jnp.dtype(dtype), mesh)
-        made[entry.site.path] = make(key, _path_hash(entry.site.path), gather(entry, weight, statistics))
+        made[entry.site.path] = make(key, path_hash, gather(entry, weight, statistics))
     shared = {}
     for name, (method, sites) in plan.shared.items():
         assert method.init_shared is not None
@@ -116,11 +122,36 @@ def _maker(method: Method, site: Site, layers: tuple[int, ...] | None, dtype: An
         leaves = method.init(jax.random.fold_in(key, path_hash), entry.local, wide)
         return {name: _cast(value, entry.leaves[name].dtype or dtype) for name, value in leaves.items()}
 
-    shardings = None
-    if mesh is not None:
-        specs = {name: leaf_spec(leaf, entry.local) for name, leaf in entry.leaves.items()}
-        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items() if spec is not None} or None
-    return jax.jit(make, out_shardings=shardings)
+    return jax.jit(make, out_shardings=_shardings(entry, mesh))
+
+
+def _shardings(entry: Entry, mesh: Any) -> dict[str, NamedSharding] | None:
+    if mesh is None:
+        return None
+    specs = {name: leaf_spec(leaf, entry.local) for name, leaf in entry.leaves.items()}
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items() if spec is not None} or None
+
+
+def _one_at_a_time(entry: Entry, weight: Any) -> bool:
+    """Whether a method starts from a stack that is not dense, and the same way from each of its layers."""
+    own = isinstance(dict(entry.method.config).get("rank"), tuple)
+    stacked = entry.site.batch[:1] == (0,) and entry.layers is None
+    return isinstance(weight, Quantized | Unread) and stacked and entry.method.needs == {"kernel"} and not own
+
+
+def _init_layers(
+    key: jax.Array, path_hash: np.uint32, entry: Entry, weight: Any, dtype: Any, mesh: Any
+) -> dict[str, jax.Array]:
+    """The leaves of a stack, made layer by layer: no more than one is dense."""
+    make = _maker(entry.method, _anonymous(entry.site.layer), None, dtype, None)
+    keys = jax.random.split(key, entry.site.shape[0])
+    made = [
+        make(keys[n], path_hash, Given(kernel=entry.site.layer.canonical(layer)))
+        for n, layer in enumerate(layers(weight))
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+    shardings = _shardings(entry, mesh)
+    return stacked if shardings is None else jax.device_put(stacked, shardings)
 
 
 def _cast(value: jax.Array, dtype: Any) -> jax.Array:

@@ -16,6 +16,7 @@ from lowrank_jax.batching import over_batch
 from lowrank_jax.folding import merged_weight
 from lowrank_jax.forms import Call, Form, UnsupportedError, apply_rows
 from lowrank_jax.layout import Labels
+from lowrank_jax.quantized import is_quantized
 from lowrank_jax.sites import Site
 
 
@@ -51,6 +52,11 @@ def routes(flat: Mapping[str, Any], adapters: Adapters, key: jax.Array | None = 
         entry = adapters.plan.by_path[path]
         if entry.route == "factored":
             forms[path] = form
+        elif is_quantized(flat[path]):
+            raise UnsupportedError(
+                f"{path} is quantised, and {entry.method.name} would make the whole of it dense: its update is as large as the "
+                "weight. Leave the weight out of the quantisation, or take a method that acts beside it."
+            )
         elif adapters.stacked is None:
             weights[path] = merged_weight(entry, flat[path], form)
         else:

@@ -31,6 +31,7 @@ from lowrank_jax.bridge import (
 )
 from lowrank_jax.forms import Form, UnsupportedError
 from lowrank_jax.layout import Labels, dense_equation
+from lowrank_jax.quantized import is_quantized, unbox
 from lowrank_jax.site_kinds import (
     Equation,
     Matmul,
@@ -107,7 +108,7 @@ def sites(model: nn.Module, params: Any, *args: Any, **kwargs: Any) -> dict[str,
       >>> found["kernel"].n_in, found["kernel"].n_out
       (4, 6)
     """
-    params = meta.unbox(params)
+    params = unbox(params)
     flat = flatten(params)
     found = sites_from_params(params)
     seen: dict[str, Site] = {}
@@ -172,7 +173,7 @@ def adapted(
     used: set[str] = set()
 
     def apply(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        params = meta.unbox(variables["params"])
+        params = unbox(variables["params"])
         flat = flatten(params)
         rngs = kwargs.get("rngs")
         key = rngs.get("dropout") if isinstance(rngs, Mapping) else rngs
@@ -227,8 +228,11 @@ def _intercept(layout: Mapping[str, Any], batch: Batch, used: set[str], token: i
     busy = [False]  # a convolution runs a clone of its module, which must not be intercepted again
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        y = next_fun(*args, **kwargs)
         target = None if busy[0] else _target(context)
+        if target is not None and is_quantized(context.module.get_variable("params", target[1])):
+            y = _frugal(context, args, kwargs, busy)
+        else:
+            y = next_fun(*args, **kwargs)
         if target is None or target[0] not in layout:
             return y
         module, (path, weight, matmul) = context.module, target
@@ -263,6 +267,26 @@ def _intercept(layout: Mapping[str, Any], batch: Batch, used: set[str], token: i
 
     with nn.intercept_methods(interceptor):
         yield
+
+
+def _frugal(context: nn.module.InterceptorContext, args: Any, kwargs: Any, busy: list[bool]) -> Any:
+    """A call on a quantised weight, which the backward pass makes dense again instead of keeping it dense, whatever the model's remat."""
+    method: Any = context.orig_method
+
+    def call(module: nn.Module, *args: Any) -> Any:
+        busy[0] = True
+        try:
+            return getattr(_owner(type(module), method.func), context.method_name)(module, *args, **kwargs)
+        finally:
+            busy[0] = False
+
+    return nn.remat(call)(context.module, *args)
+
+
+def _owner(cls: type, function: Any) -> type:
+    """The class whose own method a function is; ``super()`` may have called it."""
+    name, plain = function.__name__, inspect.unwrap(function)
+    return next(base for base in cls.__mro__ if name in vars(base) and inspect.unwrap(vars(base)[name]) is plain)
 
 
 def _target(context: nn.module.InterceptorContext) -> tuple[str, str, Matmul | None] | None:

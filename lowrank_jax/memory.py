@@ -1,7 +1,8 @@
-"""What a step would need on real hardware, from its compiler and without the hardware: bytes and FLOPs a device."""
+"""What a step would need on real hardware, from its compiler and without the hardware: bytes, FLOPs and seconds a device."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax import shard
+from lowrank_jax import chips, flops, hlo, shard
 from lowrank_jax.adapters import Adapters
 from lowrank_jax.forms import leaf_spec
 from lowrank_jax.plan import Plan
@@ -34,14 +35,19 @@ class CompileReport:
 
     Attributes:
       peak: bytes at the worst moment, arguments included. temp: bytes of temporaries. argument: bytes of the arguments.
+      flops: floating-point operations of the products of one call, an even share of all devices' (`lowrank_jax.flops.count`).
+      sent: bytes that the device sends to others in collectives.
+      seconds: of one call at best, by the TPU compiler's own estimate of cycles, collectives hidden behind computation as far as it is
+        long enough; nan for a device that is not in `lowrank_jax.chips`.
       host: bytes of temporaries in the host's memory (offloaded activations), in none of the others.
-      flops: floating-point operations of one call; the body of a loop (scan over layers) is counted once.
     """
 
     peak: int
     temp: int
     argument: int
     flops: float
+    sent: float = 0.0
+    seconds: float = math.nan
     host: int = 0
 
 
@@ -49,18 +55,42 @@ def topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
     """A mesh over the chips of a TPU topology, to compile for; no TPU is needed, but the libtpu package is.
 
     Args:
-      topology: such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4'. sizes: of the axes, as for `lowrank_jax.shard.mesh`; {} is one chip.
+      topology: see `topology_devices`. sizes: of the axes, as for `lowrank_jax.shard.mesh`; {} is one chip.
 
     Raises:
       TopologyError: libtpu is missing, no such topology, too few chips, or an unknown axis.
 
     Example:
-      >>> topology_mesh("v5e:2x2", {"data": 8})  # doctest: +IGNORE_EXCEPTION_DETAIL
+      >>> topology_mesh("cpu", {"data": 1_000})  # doctest: +IGNORE_EXCEPTION_DETAIL
       Traceback (most recent call last):
       lowrank_jax.memory.TopologyError: ...
     """
+    try:
+        return shard.mesh(sizes, topology_devices(topology))
+    except shard.ShardingError as error:
+        raise TopologyError(f"{topology}: {error}") from error
+
+
+def topology_devices(topology: str) -> Sequence[Any]:
+    """The devices of a topology.
+
+    Args:
+      topology: of TPUs, such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4', or of this machine: 'cpu', 'gpu', 'tpu'.
+
+    Raises:
+      TopologyError: libtpu is missing, no such topology, or no such devices here.
+
+    Example:
+      >>> topology_devices("cpu")[0].platform
+      'cpu'
+    """
     import importlib.util
 
+    if topology in ("cpu", "gpu", "tpu"):
+        try:
+            return jax.devices(topology)
+        except RuntimeError as error:
+            raise TopologyError(f"{topology}: this machine has none ({str(error).splitlines()[0][:120]}).") from error
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
             "The TPU compiler is missing: pip install 'lowrank_jax[topology]' (the libtpu package), and set JAX_PLATFORMS=cpu."
@@ -70,16 +100,12 @@ def topology_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise TopologyError(
             f"The TPU compiler knows no topology {topology!r} ({str(error).splitlines()[0][:120]}). "
-            "Examples: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:4x4."
+            "Examples: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:4x4; cpu and gpu are the devices of this machine."
         ) from error
-    try:
-        return shard.mesh(sizes, devices)
-    except shard.ShardingError as error:
-        raise TopologyError(f"{topology}: {error}") from error
 
 
 def compile_report(
@@ -115,19 +141,22 @@ def compile_report(
             "a mesh with more chips."
         ) from error
     m: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis()
     total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     # The CPU compiler leaves the peak at the temporaries', and a peak with offloaded arrays has those in it: the sum of all parts is what
     # the device holds at most.
     peak = max(getattr(m, "peak_memory_in_bytes", 0), 0)
-    on_cpu = all(device.platform == "cpu" for device in _devices(args))
+    devices = _devices(args)
+    on_cpu = all(device.platform == "cpu" for device in devices)
     host = getattr(m, "host_temp_size_in_bytes", 0)
+    program, kind = hlo.read(compiled.as_text() or ""), chips.chip(next(iter(devices)))
     return CompileReport(
-        total if on_cpu or not peak or host else peak,
-        m.temp_size_in_bytes,
-        m.argument_size_in_bytes,
-        float(cost.get("flops", 0.0)),
-        host,
+        peak=total if on_cpu or not peak or host else peak,
+        temp=m.temp_size_in_bytes,
+        argument=m.argument_size_in_bytes,
+        flops=flops.count(step, *args) / len(devices),
+        sent=program.sent,
+        seconds=math.nan if kind is None else max(program.cycles / kind.clock, program.sent / kind.links),
+        host=host,
     )
 
 

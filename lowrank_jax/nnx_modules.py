@@ -14,6 +14,7 @@ from flax import nnx
 from lowrank_jax.bridge import Batch, adapt_matmul, conv_call, embed_call, run
 from lowrank_jax.forms import Form, UnsupportedError
 from lowrank_jax.layout import Labels, dense_equation
+from lowrank_jax.quantized import dense, is_quantized
 from lowrank_jax.site_kinds import Matmul, conv_site, embed_site, input_of, matmul_site, registered
 from lowrank_jax.sites import Site
 
@@ -168,9 +169,12 @@ def _adapted_class(cls: Any, target: Target) -> type:
 def _adapted_method(original: Callable[..., Any], name: str, target: Target) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        y = original(self, *args, **kwargs)
         installed: Installed = self.lowrank_site
         weight = getattr(self, installed.weight).get_value()
+        if is_quantized(weight):
+            y = _frugal(self, original, installed.weight, weight, args, kwargs)
+        else:
+            y = original(self, *args, **kwargs)
         if installed.treedef is None:
             if target.matmul is not None and installed.run is not None and installed.run.labels is not None:
                 installed.run.labels.append((installed.path, weight.shape, target.matmul.labels(self, args, kwargs)))
@@ -180,7 +184,18 @@ def _adapted_method(original: Callable[..., Any], name: str, target: Target) -> 
     return call
 
 
-def _adapt(module: Any, original: Callable[..., Any], name: str, target: Target, installed: Installed, weight: jax.Array,
+def _frugal(module: Any, original: Callable[..., Any], name: str, weight: Any, args: Any, kwargs: Any) -> Any:
+    """A call on a quantised weight, which the backward pass makes dense again instead of keeping it dense, whatever the model's remat."""
+
+    def call(weight: Any, *args: Any) -> Any:
+        bare = object.__new__(type(module))
+        vars(bare).update({**vars(module), name: nnx.Param(weight.dense())})
+        return original(bare, *args, **kwargs)
+
+    return jax.checkpoint(call)(weight, *args)
+
+
+def _adapt(module: Any, original: Callable[..., Any], name: str, target: Target, installed: Installed, weight: Any,
            args: tuple[Any, ...], kwargs: Mapping[str, Any], y: jax.Array) -> jax.Array:  # fmt: skip
     """The output ``y`` of one call with its adapter."""
     leaves = [getattr(module, f"{installed.weight}:{n}").get_value() for n in range(installed.treedef.num_leaves)]
@@ -190,6 +205,7 @@ def _adapt(module: Any, original: Callable[..., Any], name: str, target: Target,
             "as in nnx.StateAxes, give lowrank_jax.nnx.Factor the axes of nnx.Param; lowrank_jax.nnx.apply needs no such change."
         )
     form: Form = installed.treedef.unflatten(leaves)
+    weight = dense(weight)
     batch, calls = Batch(), 0
     if installed.run is not None:
         batch, calls = installed.run.batch, installed.run.used.get(installed.path, 0)

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax.forms import Leaf
 from lowrank_jax.methods.base import Given, Method, build
 from lowrank_jax.plan_table import render
+from lowrank_jax.quantized import dense
 from lowrank_jax.site_data import from_data, is_numbers, to_data
 from lowrank_jax.sites import Site, flatten, hits, layer_number, no_match
 from lowrank_jax.sites import sites as find_sites
@@ -72,7 +74,7 @@ class Plan:
 
     Attributes:
       entries: one per adapted weight, in the order of the parameters.
-      base_count, base_bytes: size of the whole model.
+      base_count, base_bytes: parameters of the whole model, and the bytes that hold them (a quantised weight's own).
       total_batch: the stacks, for counting.
     """
 
@@ -268,8 +270,8 @@ def _entry_of(item: Any, flat: Mapping[str, Any]) -> Entry:
 
 
 def _of(entries: Sequence[Entry], flat: Mapping[str, Any]) -> Plan:
-    sizes = [(math.prod(leaf.shape), jnp.dtype(leaf.dtype).itemsize) for leaf in flat.values()]
-    return Plan(tuple(entries), sum(n for n, _ in sizes), sum(n * item for n, item in sizes))
+    held = [math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in jax.tree.leaves(dict(flat))]
+    return Plan(tuple(entries), sum(math.prod(leaf.shape) for leaf in flat.values()), sum(held))
 
 
 def _size(leaf: Leaf, layers: int) -> int:
@@ -305,7 +307,7 @@ def gather(entry: Entry, weight: Any, statistics: Statistics | None) -> Given:
       ValueError: statistics that were not collected, or from other weights; names the site.
     """
     needs = entry.method.needs
-    kernel = local_kernel(entry, jnp.asarray(weight)) if "kernel" in needs else None
+    kernel = local_kernel(entry, jnp.asarray(dense(weight))) if "kernel" in needs else None
     values: dict[str, Any] = {} if kernel is None else {"kernel": kernel}
     for name in sorted(needs - {"kernel"}):
         value = _statistic(entry, name, weight, statistics)

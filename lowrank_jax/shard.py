@@ -19,6 +19,8 @@ from lowrank_jax.sites import Site, flatten, hits, with_leaves
 from lowrank_jax.sites import sites as sites_of
 
 AXES = ("data", "fsdp", "tensor", "expert")
+ROWS = ("data", "fsdp")
+"""The axes over which the rows of a batch are dealt out."""
 # Megatron's division: the wide side of every projection over 'tensor', the model's width over 'fsdp'.
 RULES: Mapping[str, str] = MappingProxyType(
     {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
@@ -123,6 +125,27 @@ def fitted(shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh) -> Part
     return PartitionSpec(
         *(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec, strict=True))
     )  # fmt: skip
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Pins the first axis of an activation to the mesh axes over which batches are dealt out; to be used in models of your own.
+
+    Without it the compiler may follow the weights instead, and have every device work on all rows. It is the identity outside of
+    `jax.jit`, where no mesh is set (`jax.set_mesh`), where that has none of these axes, and where they do not divide the rows.
+
+    Args:
+      x: ``[rows, ...]``, of any dtype.
+
+    Example:
+      >>> by_rows(np.ones((4, 2))).shape
+      (4, 2)
+    """
+    there = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ROWS if there.shape.get(axis, 1) > 1)
+    if not axes or x.shape[0] % math.prod(there.shape[axis] for axis in axes) or not isinstance(x, jax.core.Tracer):
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
 
 
 def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[str | None, ...]:

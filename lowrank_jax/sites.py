@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank_jax.quantized import dense, is_quantized, unbox
+
 Kind = Literal["dense", "conv", "embed", "param"]
 
 
@@ -70,9 +72,19 @@ class Site:
     def max_rank(self) -> int:
         return min(self.n_in, self.n_out)
 
-    def canonical(self, weight: jax.Array) -> jax.Array:
-        """The weight as ``[*batch, n_in, n_out]``."""
-        order = self.batch + self.inputs + self.outputs
+    @property
+    def layer(self) -> Site:
+        """The site of one element of the stack along the first batch axis."""
+        gone = self.batch[0]
+        rest = lambda axes: tuple(a - (a > gone) for a in axes if a != gone)  # noqa: E731
+        return replace(
+            self, shape=tuple(n for a, n in enumerate(self.shape) if a != gone), batch=rest(self.batch), inputs=rest(self.inputs),
+            outputs=rest(self.outputs), scanned=rest(self.scanned), spec=None,
+        )  # fmt: skip
+
+    def canonical(self, weight: Any) -> jax.Array:
+        """The weight as ``[*batch, n_in, n_out]``; a quantised one is made dense."""
+        order, weight = self.batch + self.inputs + self.outputs, dense(weight)
         weight = weight if order == tuple(range(len(order))) else jnp.transpose(weight, order)
         return weight.reshape(*self.batch_shape, self.n_in, self.n_out)
 
@@ -86,18 +98,27 @@ class Site:
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """A tree of parameters as ``{'a/b/kernel': array}``; accepts dicts, FrozenDicts, NNX states and boxed (nn.Partitioned) leaves."""
+    """A tree of parameters as ``{'a/b/kernel': array}``; accepts dicts, FrozenDicts, NNX states and boxed (nn.Partitioned) leaves.
+
+    A `Quantized` weight is one leaf, which has the dense weight's shape and dtype.
+    """
     if hasattr(params, "to_pure_dict"):
         params = params.to_pure_dict()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(meta.unbox(params))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(unbox(params), is_leaf=is_quantized)
     return {"/".join(_key(k) for k in path): leaf for path, leaf in leaves}
 
 
 def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
     """A copy of ``params`` with the leaves named in ``new`` replaced; everything else is shared, boxes stay."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(meta.unbox(params))
-    plain = jax.tree.unflatten(treedef, [new.get("/".join(_key(k) for k in path), leaf) for path, leaf in leaves])
-    return meta.replace_boxed(params, plain)
+    is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        value = new.get("/".join(_key(k) for k in path), leaf)
+        # A quantised weight is a box itself, and takes the place of the one that it lay in.
+        return value if value is leaf or not is_box(leaf) or is_quantized(value) else leaf.replace_boxed(value)
+
+    return jax.tree.unflatten(treedef, [replaced(path, leaf) for path, leaf in leaves])
 
 
 def _key(entry: Any) -> str:

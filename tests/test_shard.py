@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lr
-from lowrank_jax import models, shard
+from lowrank_jax import hlo, models, shard
 from lowrank_jax.shard import ShardingError
 
 
@@ -84,3 +85,25 @@ def test_a_pattern_overrides_and_adapters_follow():
 def test_an_override_that_cannot_be_is_refused(overrides, said):
     with pytest.raises(ValueError, match=said):
         shard.layout({"up": {"kernel": jnp.zeros((64, 128))}}, shard.mesh({"tensor": 3}), overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "config", [models.LlamaConfig.tiny(scan_layers=True), models.BertConfig.tiny()], ids=["llama", "bert"]
+)
+def test_rows_of_activations_stay_dealt_out(config):
+    mesh = shard.mesh({"fsdp": 4, "tensor": 2})
+    model, shapes = models.build(config), models.param_shapes(config)
+    where = shard.layout(shapes, mesh, names=models.logical_axes(config))
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    tokens = jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=NamedSharding(mesh, P(shard.ROWS)))
+
+    def loss(params, tokens):
+        out = model.apply({"params": params}, tokens)
+        return (out if isinstance(out, jax.Array) else out.hidden).astype(jnp.float32).var()
+
+    def sent():
+        return hlo.read(jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()).sent
+
+    loose = sent()
+    with jax.set_mesh(mesh):
+        assert sent() < loose

@@ -14,6 +14,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 import lowrank_jax as lr
+from lowrank_jax.quantized import KINDS
 
 TASKS = ("classification", "causal_lm")
 DTYPES = ("float32", "bfloat16")
@@ -35,7 +36,8 @@ def base() -> ml_collections.ConfigDict:
         published, 'cls', 'mean'), dtype of the activations, param_dtype of the base, scan_layers, remat ('none', 'full', 'dots',
         'adapter', 'adapter_offload' or a policy of jax.checkpoint_policies), dropout (whether the model's own dropout is on in training),
         attention ('' leaves it to JAX, 'xla', 'cudnn', or 'splash': a causal_lm on one TPU), loss_chunk (tokens a shard of the batch
-        whose logits exist at once, causal_lm only; 0: all).
+        whose logits exist at once, causal_lm only; 0: all), quantize ('' or what the kernels of all layers are held
+        in, 'int8' or 'nf4'), quantize_block (numbers that share a scale).
       data: see `train.data.load`; eval_limit and limit take the first so many examples, test_split '' means no test.
       adapter, head: a rule each, see `rule`; None leaves it out. more: further rules by name. exclude: patterns to leave alone.
       allow_dense: let a weight that cannot be intercepted be adapted by a dense update.
@@ -63,7 +65,7 @@ def base() -> ml_collections.ConfigDict:
     config.workdir = ""
     config.model = ml_collections.ConfigDict(
         {"source": "minilm", "pooling": "", "dtype": "float32", "param_dtype": "float32", "scan_layers": True,
-         "remat": "none", "dropout": False, "attention": "", "loss_chunk": 1024}
+         "remat": "none", "dropout": False, "attention": "", "loss_chunk": 1024, "quantize": "", "quantize_block": 64}
     )  # fmt: skip
     config.data = ml_collections.ConfigDict(
         {"name": "tweets", "directory": "", "train_split": "train", "eval_split": "validation", "test_split": "",
@@ -171,6 +173,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(
         config.model.loss_chunk >= 0, "model.loss_chunk", config.model.loss_chunk, "a number of tokens, or 0 for all"
     )
+    kind = config.model.quantize
+    require(kind in ("", *KINDS), "model.quantize", kind, f"'' or one of {', '.join(KINDS)}")
     require((config.steps > 0) != (config.epochs > 0), "steps", config.steps, "either steps or epochs above 0")
     for name in ("batch_size", "accumulate", "eval_batch_size", "log_every", "keep"):
         require(config[name] >= 1, name, config[name], "at least 1")
@@ -183,7 +187,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(
         not config.generate or config.task == "causal_lm", "generate", config.generate, "0 unless task is causal_lm"
     )
-    plan_rules(config)
+    for pattern, rule in plan_rules(config).items():
+        method = rule if isinstance(rule, lr.Method) else rule.method
+        whole = method.allocate is not None or bool(method.needs - {"kernel"})
+        require(
+            not (kind and whole),
+            "model.quantize",
+            kind,
+            f"'', as {method.name} ({pattern!r}) reads all of the dense base at once",
+        )
 
 
 def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -17,9 +17,8 @@ _GENERATE = flags.DEFINE_integer("generate", 0, "Answer so many examples by gene
 
 def main() -> None:
     """Prints the scores as one line of JSON."""
-    import lowrank_jax as lr
     from lowrank_jax.hosts import leads
-    from train import evaluation, saved, sharding
+    from train import base, evaluation, saved, sharding
 
     config = saved.config(_ADAPTER.value)
     if _SPLIT.value is not None:
@@ -28,7 +27,10 @@ def main() -> None:
         config.data.eval_limit = _LIMIT.value
     job, adapters = saved.load(_ADAPTER.value, config)
     adapters = sharding.spread(adapters, job.mesh)
-    params, folded = (job.params, None) if _BASE.value else lr.fold(job.params, adapters)
+    if _BASE.value:
+        params, folded = base.alone(config, job.params), None
+    else:
+        params, folded = base.under(config, job.params, adapters)
     result = evaluation.evaluate(job, evaluation.forward(job), params, folded, job.evaluation)
     if _GENERATE.value:
         result["exact_match"] = evaluation.exact_match(job, params, folded, job.evaluation, _GENERATE.value)

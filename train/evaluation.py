@@ -13,7 +13,7 @@ import numpy as np
 import lowrank_jax as lr
 from lowrank_jax import models
 from lowrank_jax.hosts import on_host
-from train import scores, sharding
+from train import base, scores, sharding
 from train.data import Loader
 from train.job import Job
 
@@ -32,7 +32,8 @@ def forward(job: Job) -> Forward:
         return outputs | {name: batch[name] for name in ("valid", "label") if name in batch}
 
     # Every process scores all rows, those too that others read.
-    return jax.jit(run, out_shardings=None if job.mesh is None else sharding.everywhere(job.mesh))
+    where = None if job.mesh is None else sharding.everywhere(job.mesh)
+    return jax.jit(sharding.within(job.mesh, run), out_shardings=where)
 
 
 def evaluate(job: Job, run: Forward, params: Any, adapters: lr.Adapters | None, loader: Loader) -> dict[str, float]:
@@ -86,7 +87,7 @@ def exact_match(job: Job, params: Any, adapters: lr.Adapters | None, loader: Loa
     Args:
       limit: how many examples are answered, from the first.
     """
-    merged = params if adapters is None else lr.merge(params, adapters)
+    apply, params = base.for_generation(job.model, params, adapters)
     ends = () if job.tokenizer.eos_id is None else (job.tokenizer.eos_id,)
     examples = sorted(_examples(loader, limit), key=lambda example: len(example[0]))
     size, right = loader.batch_size, 0
@@ -99,7 +100,7 @@ def exact_match(job: Job, params: Any, adapters: lr.Adapters | None, loader: Loa
         for i, (prompt, _) in enumerate(chosen):
             tokens[i, width - len(prompt) :], mask[i, width - len(prompt) :] = prompt, True
         prompts, mask = sharding.spread((jnp.asarray(tokens), jnp.asarray(mask)), job.mesh)
-        out = models.generate(model, merged, prompts, attention_mask=mask,
+        out = models.generate(model, params, prompts, attention_mask=mask, apply=apply,
                               max_new_tokens=job.config.max_new_tokens, eos_token_id=ends, pad_token_id=job.tokenizer.pad_id)  # fmt: skip
         for made, (_, wanted) in zip(on_host(out)[:, width:], chosen, strict=False):
             right += scores.answer(job.tokenizer.decode(made)) == scores.answer(job.tokenizer.decode(wanted))

@@ -25,8 +25,7 @@ _BASE = flags.DEFINE_bool("base", False, "Use the base without the adapter, for 
 
 def main() -> None:
     """Writes the continuation as it comes."""
-    import lowrank_jax as lr
-    from train import saved
+    from train import base, saved
 
     if not _PROMPT.value:
         raise ValueError("--prompt is missing.")
@@ -41,9 +40,12 @@ def main() -> None:
     if config.task != "causal_lm":
         raise ValueError(f"{_ADAPTER.value} is for {config.task}; only a causal_lm generates text.")
     model, adapters = saved.load_model(_ADAPTER.value, config)
-    params = model.params if _BASE.value else lr.merge(model.params, adapters)
+    if _BASE.value:
+        params, folded = base.alone(config, model.params), None
+    else:
+        params, folded = base.under(config, model.params, adapters)
     chat = config.data.chat if _CHAT.value is None else _CHAT.value
-    _write(continuation(model, params, prompted(model, _PROMPT.value, chat)))
+    _write(continuation(model, params, prompted(model, _PROMPT.value, chat), folded))
 
 
 def _write(pieces: Iterator[str]) -> None:
@@ -65,25 +67,27 @@ def prompted(model: Any, prompt: str, chat: bool) -> Any:
     return example.ids[: int(example.marks.argmax())]
 
 
-def continuation(model: Any, params: Any, tokens: Any) -> Iterator[str]:
+def continuation(model: Any, params: Any, tokens: Any, adapters: Any = None) -> Iterator[str]:
     """Pieces of text as they are made; the flags say how.
 
     Args:
-      model: a `train.job.Model`. params: its parameters, merged. tokens: of the prompt, int [n].
+      model: a `train.job.Model`. params: its base. tokens: of the prompt, int [n]. adapters: on the base, or None.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from lowrank_jax import models
+    from train import base
 
+    apply, params = base.for_generation(model.module, params, adapters)
     tokenizer = model.tokenizer
     ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     made: list[int] = []
     shown = ""
     for token in models.stream(
         model.module, params, jnp.asarray(tokens)[None], max_new_tokens=_TOKENS.value, eos_token_id=ends, pad_token_id=tokenizer.pad_id,
-        temperature=_TEMPERATURE.value, top_p=_TOP_P.value, key=jax.random.key(_SEED.value),
+        apply=apply, temperature=_TEMPERATURE.value, top_p=_TOP_P.value, key=jax.random.key(_SEED.value),
     ):  # fmt: skip
         made.append(int(np.asarray(token)[0]))
         text = tokenizer.decode(made)

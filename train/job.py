@@ -18,6 +18,7 @@ from lowrank_jax.checkpoint import Base, base_reference
 from lowrank_jax.models.gguf import is_gguf
 from lowrank_jax.models.gguf_load import load_gguf
 from lowrank_jax.models.tokenizer import Tokenizer, load_tokenizer
+from train import base as bases
 from train import config as configs
 from train import data, processes, sharding, tasks
 from train.data import Loader
@@ -41,7 +42,8 @@ class Job:
 
     Attributes:
       config: the checked configuration. task: see `train.tasks`.
-      model, params, model_config: the base; it is never changed. base: its reference and hash. tokenizer: of the model.
+      model, params, model_config: the base; it is never changed. Where it is to be quantised the weights are still in their files, see
+        `train.base`. base: its reference and hash. tokenizer: of the model.
       train, evaluation, test: the loaders; test is None without a test split, train None where nothing is trained.
       plan: what adapts what, empty where nothing is trained. statistics: what its methods start from, or None. total_steps: updates.
       mesh: the device mesh, or None for one device.
@@ -109,7 +111,7 @@ def load_model(config: ml_collections.ConfigDict, num_labels: int = 0) -> Model:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model's table {loaded.config.vocab_size}: they do not belong together."
         )
-    base = base_reference(str(config.model.source), loaded.params, exclude=loaded.fresh)
+    base = bases.reference(config, base_reference(str(config.model.source), loaded.params, exclude=loaded.fresh))
     params = sharding.place(loaded.params, loaded.config, mesh)
     return Model(loaded.model, params, loaded.config, tokenizer, base, mesh)
 
@@ -162,6 +164,7 @@ def _model(config: ml_collections.ConfigDict, source: pathlib.Path | str, num_la
     fields: dict[str, Any] = {
         "dtype": jnp.dtype(config.model.dtype), "param_dtype": jnp.dtype(config.model.param_dtype),
         "scan_layers": config.model.scan_layers, "remat": config.model.remat, "seed": config.seed,
+        "unread": bool(config.model.quantize),
     }  # fmt: skip
     if config.task == "classification":
         fields |= {"task": "classify", "num_labels": num_labels}

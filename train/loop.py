@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 import lowrank_jax as lr
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, save_adapter
 from lowrank_jax.files import sweep, write_file
 from lowrank_jax.hosts import leads
+from train import base, evaluation, job, optimizer, report, sharding
 from train import config as configs
-from train import evaluation, job, optimizer, report, sharding
 from train.metrics_log import Bar, MetricsLog
 from train.processes import Stopped, Termination
-from train.step import State, Stepper, peak_bytes, start
+from train.step import State, Stepper, start
 from train.stopwatch import Stopwatch, rate
 
 
@@ -64,6 +65,17 @@ class _Place:
     weight: float = 0.0
 
 
+class _Pending(NamedTuple):
+    """A report whose numbers are still on the devices; it is read once they have the next update to do."""
+
+    step: int
+    units: int  # since the last report
+    ok: jax.Array
+    loss: jax.Array
+    weight: jax.Array
+    learning_rate: jax.Array
+
+
 def run(config: ml_collections.ConfigDict) -> Result:
     """Trains what a configuration describes, going on from the newest checkpoint in its workdir if there is one.
 
@@ -108,13 +120,16 @@ class _Session:
         self.phases = job.plan.phases(job.total_steps)
         self.forward = evaluation.forward(job)
         self.place, position, adapters, state = self._restore(sharding.spread(initial, job.mesh))
-        self.params, folded = lr.fold(job.params, adapters) if job.config.fold else (job.params, adapters)
+        self.params, folded = base.under(job.config, job.params, adapters)
         train, self.frozen = lr.partition(folded, max(self.place.step - 1, 0), job.total_steps)
         place, state = self.place, self.tx.init(train) if state is None else state
         self.state = start(train, state, place.step, place.loss, place.weight, job.mesh)
         self.batches, self.times = job.train.iterator(position), job.train.times
         self.log = MetricsLog(directory, self.place.step)
         self.scores: dict[str, float] = {}
+        self.schedule = jax.jit(optimizer.schedule(job.config, job.total_steps))
+        self.pending: _Pending | None = None
+        self.units, self.watch = 0, Stopwatch()  # of the batches made, since the last report
 
     def _restore(self, initial: lr.Adapters) -> tuple[_Place, dict[str, Any] | None, lr.Adapters, Any]:
         if not self.checkpoints.steps:
@@ -145,7 +160,8 @@ class _Session:
         config, place, total = self.job.config, self.place, self.job.total_steps
         if place.step:
             bar.say(f"going on from step {place.step} of {total}")
-        stepper, units, watch = None, 0, Stopwatch()
+        stepper = None
+        self.watch.lap()
         while place.step < total and not self._stopped():
             if place.step in self.phases[1:]:
                 self._next_phase(bar)
@@ -154,8 +170,9 @@ class _Session:
                 stepper = Stepper(self.job, self.tx, lambda width: bar.doing(f"compiling for width {width}"))
             batch = next(self.batches)
             self.state = stepper(self.state, self.frozen, self.params, batch)
-            self.peak = max([self.peak, *map(peak_bytes, stepper.compiled.values())])
-            place.step, units = place.step + 1, units + self.job.task.count(batch)
+            self._report(bar)
+            self.peak = max(self.peak, stepper.peak)
+            place.step, self.units = place.step + 1, self.units + self.job.task.count(batch)
             bar.advance(place.step)
             last = place.step == total
             evaluating, saving = (
@@ -163,14 +180,13 @@ class _Session:
                 due(place.step, config.checkpoint_every, last),
             )
             if due(place.step, config.log_every, last):
-                self._check()
-                seconds = watch.lap()
-                self._report(bar, rate(units * self.times, seconds))
-                place.seconds, units = place.seconds + seconds, 0
+                self._note()
             if evaluating or saving:
-                self._check()
+                self._report(bar)
+                self._check(self.state.ok)
                 score = self._evaluate(bar) if evaluating else None
-                place.seconds, units = place.seconds + watch.lap(), 0
+                self._lap()
+                self.units = 0
                 self._save(score)
             if termination.asked(place.step) and not last:
                 self._stop(bar, saved=evaluating or saving)
@@ -178,7 +194,9 @@ class _Session:
 
     def _stop(self, bar: Bar, saved: bool) -> NoReturn:
         if not saved:
-            self._check()
+            self._report(bar)
+            self._check(self.state.ok)
+            self._lap()
             self._save(None)
         self.checkpoints.wait()
         self.log.close()
@@ -196,8 +214,8 @@ class _Session:
         after = self.job.plan.count(self.place.step, self.job.total_steps)
         bar.say(f"step {self.place.step}: next phase, {before:,} -> {after:,} trained parameters; compiling again")
 
-    def _check(self) -> None:
-        if not bool(self.state.ok):
+    def _check(self, ok: jax.Array) -> None:
+        if not bool(ok):
             self.checkpoints.wait()
             good = self.checkpoints.steps
             raise TrainingError(
@@ -210,12 +228,32 @@ class _Session:
                 + "Lower config.learning_rate, raise config.warmup, or set config.clip."
             )
 
-    def _report(self, bar: Bar, rate: float) -> None:
-        loss = float(self.state.loss) / max(float(self.state.weight), 1.0)
-        self.state = self.state._replace(loss=0 * self.state.loss, weight=0 * self.state.weight)
-        bar.report(self.place.step, loss, rate)
-        learning_rate = optimizer.schedule(self.job.config, self.job.total_steps)(self.place.step - 1)
-        self.log.write(self.place.step, {"train/loss": loss, "train/learning_rate": float(learning_rate)})
+    def _note(self) -> None:
+        """Sets aside what is to be reported of the update just made, without waiting for it."""
+        state, step = self.state, self.place.step
+        # The next update takes over the buffers of the state: what is to outlive it is copied, or replaced there.
+        self.pending = _Pending(
+            step, self.units, jnp.copy(state.ok), state.loss, state.weight, self.schedule(step - 1)
+        )  # fmt: skip
+        self.state = state._replace(loss=0 * state.loss, weight=0 * state.weight)
+        self.units = 0
+
+    def _report(self, bar: Bar) -> None:
+        """Reports what was set aside, if anything."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        self._check(pending.ok)
+        loss = float(pending.loss) / max(float(pending.weight), 1.0)
+        bar.report(pending.step, loss, rate(pending.units * self.times, self._lap()))
+        values = {"train/loss": loss, "train/learning_rate": float(pending.learning_rate)}
+        self.log.write(pending.step, values)
+
+    def _lap(self) -> float:
+        """Seconds since the last lap, which are added to the run's."""
+        seconds = self.watch.lap()
+        self.place.seconds += seconds
+        return seconds
 
     def _evaluate(self, bar: Bar) -> float:
         bar.doing("evaluating")
@@ -255,7 +293,7 @@ def due(step: int, every: int, last: bool) -> bool:
 
 def _finish(job: job.Job, directory: pathlib.Path, session: _Session, kept: tuple[int, lr.Adapters]) -> Result:
     step, adapters = kept
-    params, folded = lr.fold(job.params, adapters) if job.config.fold else (job.params, adapters)
+    params, folded = base.under(job.config, job.params, adapters)
     result = session.scores
     if step != session.place.step or not result:
         result = evaluation.evaluate(job, session.forward, params, folded, job.evaluation)

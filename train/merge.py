@@ -22,7 +22,7 @@ def main() -> None:
     """Writes the merged model, or the adapter for PEFT."""
     import lowrank_jax as lr
     from lowrank_jax import checkpoint, models
-    from train import saved
+    from train import base, saved
 
     targets = {name: pathlib.Path(flag.value).absolute() for name, flag in _TARGETS.items() if flag.value}
     if not targets:
@@ -41,7 +41,7 @@ def main() -> None:
             overwrite=_OVERWRITE.value,
         )
     if targets.keys() - {"peft"}:
-        merged = lr.merge(job.params, adapters)
+        merged = lr.merge(*base.under(job.config, job.params, adapters))
         if "hf" in targets:
             models.save(merged, job.model_config, targets["hf"], overwrite=_OVERWRITE.value)
             job.tokenizer.save(targets["hf"])

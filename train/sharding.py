@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import ml_collections
@@ -14,6 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import shard
 from lowrank_jax.models import logical_axes
+from lowrank_jax.unread import Unread
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def make_mesh(sizes: ml_collections.ConfigDict) -> Mesh | None:
@@ -48,8 +53,10 @@ def place(params: Any, config: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, params, shard.layout(params, mesh, names=logical_axes(config)))
 
 
-def put(leaf: Any, where: NamedSharding) -> jax.Array:
-    """An array that every process holds in full, or that is on the devices already, laid out anew."""
+def put(leaf: Any, where: NamedSharding) -> Any:
+    """An array that every process holds in full, or that is on the devices already, laid out anew; one in its file when it is read."""
+    if isinstance(leaf, Unread):
+        return leaf.laid(where)
     if jax.process_count() == 1 or isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, where)
     # device_put would have the processes compare the values of every single array first.
@@ -71,10 +78,26 @@ def share(mesh: Mesh | None, rows: int) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """A batch with its rows dealt out over 'data' and 'fsdp', from every process's `share`."""
+    """A batch on its way to the devices, rows dealt out over 'data' and 'fsdp', from every process's `share`.
+
+    Returns at once: the copy goes on while the devices are busy with the step before.
+    """
     if mesh is None:
-        return dict(batch)
+        return jax.device_put(dict(batch))
     return {k: jax.make_array_from_process_local_data(_by_rows(mesh), v) for k, v in batch.items()}
+
+
+def within(mesh: Mesh | None, function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, to be jitted, with the mesh set: our models then keep the rows of their activations dealt out."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
@@ -94,4 +117,4 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _by_rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(shard.ROWS))

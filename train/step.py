@@ -42,22 +42,23 @@ def start(
 ) -> State:
     """A state that owns its buffers: leaves may be shared with the base or with an anchor, which must outlive donation."""
     state = State(train, optimizer, jnp.int32(step), jnp.bool_(True), jnp.float32(loss), jnp.float32(weight))
-    return sharding.spread(jax.tree.map(jnp.copy, state), mesh)
+    return jax.tree.map(jnp.copy, sharding.spread(state, mesh))
 
 
 class Stepper:
     """The compiled update of one phase; one compilation for each shape of a batch.
 
     Attributes:
-      compiled: ``{shapes: compiled}``, for `memory_analysis`.
+      compiled: ``{shapes: compiled}``. peak: the most that `peak_bytes` gives for one of them, 0 before the first call.
     """
 
     def __init__(
         self, job: Job, tx: optax.GradientTransformation, on_compile: Callable[[int], None] = lambda width: None
     ):
         self.compiled: dict[Any, Any] = {}
+        self.peak = 0
         self._mesh, self._on_compile = job.mesh, on_compile
-        self._update = make_update(job.config, job.model, job.task, tx)
+        self._update = sharding.within(job.mesh, make_update(job.config, job.model, job.task, tx))
 
     def __call__(self, state: State, frozen: lr.Adapters, params: Any, batch: Mapping[str, np.ndarray]) -> State:
         inputs = sharding.put_batch(batch, self._mesh)
@@ -68,6 +69,7 @@ class Stepper:
             shardings = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, state)
             jitted = jax.jit(self._update, donate_argnums=0, out_shardings=shardings)
             self.compiled[key] = jitted.lower(state, frozen, params, inputs).compile()
+            self.peak = max(self.peak, peak_bytes(self.compiled[key]))
             # Processes compile at their own pace; collectives on CPUs wait for half a minute only.
             wait("compilation of an update")
         return self.compiled[key](state, frozen, params, inputs)

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from lowrank_jax.quantized import is_quantized
 from lowrank_jax.sites import flatten
 
 
@@ -48,14 +50,23 @@ def base_reference(name: str, params: Any, exclude: Iterable[str] = ()) -> Base:
     """The reference of base parameters: SHA-256 over every leaf's path, dtype, shape and bytes.
 
     Args:
-      params: a tree of arrays. exclude: paths that are not part of it, such as a freshly initialised head.
+      params: a tree of arrays; of a quantised weight its codes and scales count.
+      exclude: paths that are not part of it, such as a freshly initialised head.
 
     Example:
       >>> base_reference("m", {"w": np.zeros(2, np.float32)}).hash[:8]
       'e4f441a1'
     """
     skip = set(exclude)
-    return Base(name, tree_hash({path: leaf for path, leaf in flatten(params).items() if path not in skip}))
+    parts: dict[str, Any] = {}
+    for path, leaf in flatten(params).items():
+        if path not in skip:
+            parts |= (
+                {f"{path}/{leaf.kind}/{n}": part for n, part in enumerate(jax.tree.leaves(leaf))}
+                if is_quantized(leaf)
+                else {path: leaf}
+            )
+    return Base(name, tree_hash(parts))
 
 
 def tree_hash(leaves: Mapping[str, Any]) -> str:

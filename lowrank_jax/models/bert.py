@@ -15,6 +15,7 @@ from lowrank_jax.models import layers
 from lowrank_jax.models.bert_config import BertConfig
 from lowrank_jax.models.config_base import activation
 from lowrank_jax.remat import nonlinear_input
+from lowrank_jax.shard import by_rows
 
 
 class EncoderOutput(NamedTuple):
@@ -89,10 +90,10 @@ class Layer(nn.Module):
         """Maps (batch, length, hidden) to the same."""
         c = self.config
         drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
-        x = nonlinear_input(x)  # kept under any name; under this one it can be offloaded
+        x = nonlinear_input(by_rows(x))  # kept under any name; under this one it can be offloaded
         y = Attention(c, self.deterministic, name="attention")(x, mask)
-        x = _norm(c, "attention_norm")(nonlinear_input(x + drop(y)))
-        return _norm(c, "mlp_norm")(nonlinear_input(x + drop(Mlp(c, name="mlp")(x)))), None
+        x = _norm(c, "attention_norm")(nonlinear_input(by_rows(x + drop(y))))
+        return _norm(c, "mlp_norm")(nonlinear_input(by_rows(x + drop(Mlp(c, name="mlp")(x))))), None
 
 
 class Encoder(nn.Module):

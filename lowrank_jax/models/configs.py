@@ -62,6 +62,40 @@ def llama2_7b(**overrides: Any) -> LlamaConfig:
     return LlamaConfig(**overrides)
 
 
+def llama2_13b(**overrides: Any) -> LlamaConfig:
+    """The shapes of Llama 2 13B (arXiv 2307.09288): 13.02 billion parameters.
+
+    Example:
+      >>> llama2_13b().num_hidden_layers
+      40
+    """
+    shape: dict[str, Any] = {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    }
+    return LlamaConfig(**(shape | overrides))
+
+
+def llama2_70b(**overrides: Any) -> LlamaConfig:
+    """The shapes of Llama 2 70B (arXiv 2307.09288): 68.98 billion parameters, eight groups of queries.
+
+    Example:
+      >>> llama2_70b().num_hidden_layers
+      80
+    """
+    shape: dict[str, Any] = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    }
+    return LlamaConfig(**(shape | overrides))
+
+
 def smollm2_135m(**overrides: Any) -> LlamaConfig:
     """The shapes of SmolLM2 135M (arXiv 2502.02737): 30 layers, grouped queries, tied embeddings.
 

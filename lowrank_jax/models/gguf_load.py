@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from lowrank_jax.models import hf, hf_map
@@ -23,6 +23,9 @@ def load_gguf(
     scan_layers: bool = False,
     remat: str = "none",
     sharding: hf.ShardingFn | None = None,
+    quantize: Mapping[str, str] | None = None,
+    block: int = 64,
+    unread: bool = False,
 ) -> hf.Loaded:
     """Loads a model from a GGUF file, decoding one parameter at a time.
 
@@ -38,6 +41,7 @@ def load_gguf(
         remat: see `ModelConfig`.
         sharding: gives the sharding of a parameter from its path (joined by '/') and shape; None leaves it to
             JAX.
+        quantize, block, unread: as in `lowrank_jax.models.load`; what the file rounded is rounded again.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,11 +67,11 @@ def load_gguf(
     flat = {}
     for entry in table:
         shape = shapes[entry.path].shape
-        value = hf._assemble(entry, tensors, shape, np.dtype(param_dtype))
-        flat[entry.path] = hf._place(value, None if sharding is None else sharding(entry.path, shape))
+        where = None if sharding is None else sharding(entry.path, shape)
+        flat[entry.path] = hf.still(entry, tensors, shape, param_dtype, where)
     return hf.Loaded(
         model=build(config),
-        params=traverse_util.unflatten_dict(flat, sep="/"),
+        params=hf.held(traverse_util.unflatten_dict(flat, sep="/"), quantize, block, unread),
         config=config,
         tokenizer_file=None,
         architecture=config.architecture,

@@ -23,6 +23,8 @@ from lowrank_jax.models import hf_map
 from lowrank_jax.models.configs import BertConfig, from_hf
 from lowrank_jax.models.tensors import LazyTensor, open_safetensors
 from lowrank_jax.models.trees import Config, build, param_shapes
+from lowrank_jax.quantize import quantize as quantise
+from lowrank_jax.unread import Unread, place, read
 
 ShardingFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -48,7 +50,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: the Linen module; `model.apply({"params": params}, tokens)`.
-      params: nested dict of arrays of `config.param_dtype`.
+      params: nested dict of arrays of `config.param_dtype`, or of what `load` was asked to hold instead.
       config: what was read, with the overrides of the caller.
       tokenizer_file: the checkpoint's tokenizer.json, or None if it has none.
       architecture: such as 'bert' or 'qwen3'.
@@ -77,6 +79,9 @@ def load(
     scan_layers: bool = False,
     remat: str = "none",
     sharding: ShardingFn | None = None,
+    quantize: Mapping[str, str] | None = None,
+    block: int = 64,
+    unread: bool = False,
     revision: str | None = None,
     seed: int = 0,
     **overrides: Any,
@@ -92,6 +97,8 @@ def load(
       scan_layers: stack the layers for `nn.scan`.
       remat: see `ModelConfig`.
       sharding: gives the sharding of a parameter from its path (joined by '/') and shape; None leaves it to JAX.
+      quantize, block: as in `lowrank_jax.quantize`; each weight is quantised as it is read, a stack layer by layer.
+      unread: leave the weights in their files, as `lowrank_jax.unread.Unread`, for `lowrank_jax.init`, `fold` and `quantize`.
       revision: branch, tag or commit on the hub.
       seed: for a head that the checkpoint lacks.
       **overrides: further fields of the configuration, such as classifier_pooling="mean".
@@ -99,6 +106,7 @@ def load(
     Raises:
       ModelConfigError: the architecture, or something its config.json asks for, is not supported.
       CheckpointError: a tensor is missing, unexpected, or of the wrong shape or type.
+      ValueError: a quantisation that does not fit the model.
       FileNotFoundError: the directory lacks a file.
       ConnectionError: it is no directory, and the hub could not give it.
 
@@ -134,19 +142,18 @@ def load(
     _check(directory, table, fresh, shapes, tensors)
 
     key = jax.random.key(seed)
-    flat: dict[str, jax.Array] = {}
+    flat: dict[str, Any] = {}
     for i, entry in enumerate(table):
         shape, path = shapes[entry.path].shape, entry.path
-        value: np.ndarray | jax.Array
+        where = None if sharding is None else sharding(path, shape)
         if path in fresh:
-            value = _initial(config, path, shape, jax.random.fold_in(key, i))
+            flat[path] = place(_initial(config, path, shape, jax.random.fold_in(key, i)), where)
         else:
-            value = _assemble(entry, tensors, shape, np.dtype(param_dtype))
-        flat[path] = _place(value, None if sharding is None else sharding(path, shape))
+            flat[path] = still(entry, tensors, shape, param_dtype, where)
     tokenizer = directory / "tokenizer.json"
     return Loaded(
         model=build(config),
-        params=traverse_util.unflatten_dict(flat, sep="/"),
+        params=held(traverse_util.unflatten_dict(flat, sep="/"), quantize, block, unread),
         config=config,
         tokenizer_file=tokenizer if tokenizer.is_file() else None,
         architecture=config.architecture,
@@ -271,24 +278,27 @@ def _check(
                 raise CheckpointError(f"{tensors[name].file}: tensor {name!r} has type {kind}, expected floating point")
 
 
-def _assemble(
-    entry: hf_map.Entry, tensors: Mapping[str, LazyTensor], shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    # Always a copy: JAX may take over the buffer on a CPU, and a mapped file can change under it.
-    out = np.empty(shape, dtype)
-    for i, name in enumerate(entry.names):
-        array = tensors[name].read()
-        out[i if entry.stacked else ...] = array.T if entry.transpose else array
-    return out
+def still(
+    entry: hf_map.Entry, tensors: Mapping[str, LazyTensor], shape: tuple[int, ...], dtype: Any, where: Any
+) -> Unread:
+    """A parameter that is still in its file."""
+
+    def reader(tensor: LazyTensor) -> Callable[[], np.ndarray]:
+        return lambda: tensor.read().T if entry.transpose else tensor.read()
+
+    return Unread(shape, dtype, [reader(tensors[name]) for name in entry.names], entry.stacked, where)
+
+
+def held(params: Any, quantize: Mapping[str, str] | None, block: int, unread: bool) -> Any:
+    """Unread parameters as `load` is asked to give them."""
+    if unread and quantize is not None:
+        raise ValueError("load: unread=True reads nothing, so there is nothing to quantize; give one of the two.")
+    if quantize is not None:
+        return quantise(params, quantize, block=block)
+    return params if unread else read(params)
 
 
 def _initial(config: Config, path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
     if path.endswith("/kernel"):
         return config.initializer_range * jax.random.normal(key, shape, config.param_dtype)
     return (jnp.ones if path.endswith("/scale") else jnp.zeros)(shape, config.param_dtype)
-
-
-def _place(value: np.ndarray | jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

@@ -17,6 +17,7 @@ from lowrank_jax.models.config_base import activation
 from lowrank_jax.models.llama_config import LlamaConfig
 from lowrank_jax.models.splash import splash_attention
 from lowrank_jax.remat import nonlinear_input
+from lowrank_jax.shard import by_rows
 
 Cache = dict[str, Any]
 """'key', 'value': (layers, batch, slots, kv_heads, head_dim); 'valid', 'positions': (batch, slots); 'index': slots in use."""
@@ -126,10 +127,10 @@ class Layer(nn.Module):
     def __call__(self, x: jax.Array, slots: Any, *shared: Any) -> tuple[jax.Array, Any]:
         """Maps (batch, length, hidden) to the same; returns this layer's part of the cache as well."""
         c = self.config
-        x = nonlinear_input(x)  # kept under any name; under this one it can be offloaded
+        x = nonlinear_input(by_rows(x))  # kept under any name; under this one it can be offloaded
         y, slots = Attention(c, name="attention")(_norm(c, "input_norm")(x), slots, *shared)
-        x = nonlinear_input(x + y)
-        return x + Mlp(c, name="mlp")(_norm(c, "post_attention_norm")(x)), slots
+        x = nonlinear_input(by_rows(x + y))
+        return by_rows(x + Mlp(c, name="mlp")(_norm(c, "post_attention_norm")(x))), slots
 
 
 class Llama(nn.Module):

@@ -10,7 +10,7 @@ import optax
 from lowrank_jax import linalg
 from lowrank_jax.checks import check_choice, check_numbers
 from lowrank_jax.optim.projected import OnRefresh, Space, quantised, run_projected
-from lowrank_jax.optim.subspace import Side, singular_directions
+from lowrank_jax.optim.subspace import REFRESH_ITERATIONS, Side, singular_directions
 from lowrank_jax.sites import Site
 
 
@@ -25,6 +25,7 @@ def galore(
     allow_other: bool = False,
     side: Side = "smaller",
     svd: linalg.SvdMethod = "randomized",
+    power_iterations: int = REFRESH_ITERATIONS,
     on_refresh: OnRefresh = "keep",
     stagger: bool = True,
     quantise_subspace: bool = False,
@@ -53,7 +54,8 @@ def galore(
       sites: of the parameters, where they alone do not tell, such as `lowrank_jax.linen.sites` finds; None: `lowrank_jax.sites`.
       allow_other: hand a targeted leaf that is no matrix to ``inner`` instead of refusing it.
       side: which side of the matrix is projected, see `lowrank_jax.optim.subspace.sides`.
-      svd: ``randomized`` (range finder, two power iterations) or ``exact``.
+      svd: ``randomized`` (range finder) or ``exact``. power_iterations: of the former; more find more of the gradient's energy where its
+        spectrum decays slowly, as in wide layers (`bench.refresh_time`).
       on_refresh: what becomes of the inner state: ``keep`` (paper and code: the old moments go on, in the new subspace's coordinates),
         ``reset`` (starts anew, its counter too), ``rotate`` (first moments are turned into the new subspace, second ones by the
         squares, which is an approximation and not in the paper).
@@ -86,7 +88,7 @@ def galore(
                 f"galore(rank={rank}) at {site.path}: a [{site.n_in}, {site.n_out}] gradient has only {site.max_rank} singular directions. "
                 "Choose a smaller rank, or leave the weight out of targets."
             )
-        directions = singular_directions(rank, side, svd)
+        directions = singular_directions(rank, side, svd, power_iterations)
         return quantised(directions) if quantise_subspace else directions
 
     return run_projected(

@@ -47,9 +47,15 @@ def projected_size(side: Side, n_in: int, n_out: int) -> int:
     return min(n for n, chosen in zip((n_in, n_out), sides(side, n_in, n_out), strict=True) if chosen)
 
 
-def singular_directions(rank: int, side: Side, method: linalg.SvdMethod = "randomized") -> Space:
+# A gradient's subspace is used for some hundred steps and then sought anew: fewer iterations than a start from a weight takes.
+REFRESH_ITERATIONS = 2
+
+
+def singular_directions(
+    rank: int, side: Side, method: linalg.SvdMethod = "randomized", power_iterations: int = REFRESH_ITERATIONS
+) -> Space:
     """The space of GaLore: the gradient's leading singular directions."""
-    return bases_space(rank, side, lambda g, key: leading(g, rank, side, key, method))
+    return bases_space(rank, side, lambda g, key: leading(g, rank, side, key, method, power_iterations))
 
 
 def bases_space(rank: int, side: Side, find: Callable[[jax.Array, jax.Array], Bases]) -> Space:
@@ -73,11 +79,18 @@ def bases_space(rank: int, side: Side, find: Callable[[jax.Array, jax.Array], Ba
     )
 
 
-def leading(g: jax.Array, rank: int, side: Side, key: jax.Array, method: linalg.SvdMethod = "randomized") -> Bases:
+def leading(
+    g: jax.Array,
+    rank: int,
+    side: Side,
+    key: jax.Array,
+    method: linalg.SvdMethod = "randomized",
+    power_iterations: int = REFRESH_ITERATIONS,
+) -> Bases:
     """The leading singular directions of ``g [*batch, n_in, n_out]`` on the chosen side, decomposed in float32.
 
     Args:
-      rank: at most the smaller dimension. key: of the sketch of ``randomized``.
+      rank: at most the smaller dimension. key, power_iterations: of ``randomized``.
 
     Example:
       >>> g = jnp.diag(jnp.array([1.0, 3.0]))
@@ -85,12 +98,8 @@ def leading(g: jax.Array, rank: int, side: Side, key: jax.Array, method: linalg.
       [[0.0], [1.0]]
     """
     inputs, outputs = sides(side, *g.shape[-2:])
-    u, _, vt = linalg.svd(g, rank, key=key, method=method, power_iterations=REFRESH_ITERATIONS)
+    u, _, vt = linalg.svd(g, rank, key=key, method=method, power_iterations=power_iterations)
     return Bases(u if inputs else None, jnp.swapaxes(vt, -1, -2) if outputs else None)
-
-
-# A gradient's subspace is used for some hundred steps and then sought anew: fewer iterations than a start from a weight takes.
-REFRESH_ITERATIONS = 2
 
 
 def project(g: jax.Array, bases: Bases) -> jax.Array:

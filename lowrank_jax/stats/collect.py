@@ -17,6 +17,7 @@ from lowrank_jax.forms import Leaf
 from lowrank_jax.forms.probe import Probe
 from lowrank_jax.methods.base import STATISTICS, Context, Given, Leaves, Method
 from lowrank_jax.plan import Entry, Plan
+from lowrank_jax.quantized import dense
 from lowrank_jax.sites import Site, flatten, with_leaves
 from lowrank_jax.stats import sums as running
 from lowrank_jax.stats.statistics import Statistics
@@ -159,7 +160,7 @@ def _adder(loss: Loss, wanted: Wanted) -> Callable[[Sums, Any, Any], Sums]:
         flat = flatten(params)
         # Made here and not outside: as constants of the program they would cost their size once more.
         probes = {path: _PROBE.init(jax.random.key(0), site, Given()) for path, site in probed.items()}
-        slopes, observed = jax.grad(of, argnums=(0, 1))({path: flat[path] for path in differentiated}, probes)
+        slopes, observed = jax.grad(of, argnums=(0, 1))({path: dense(flat[path]) for path in differentiated}, probes)
         found = {kind: {path: leaves[kind] for path, leaves in observed.items()} for kind in sums if kind != "gradient"}
         if differentiated:
             found["gradient"] = {path: site.canonical(slopes[path]) for path, site in differentiated.items()}

@@ -243,9 +243,10 @@ def test_load_gguf_equals_loading_the_same_weights_as_safetensors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(gguf)))
     save_safetensors(tmp_path / "model.safetensors", {n: t.read() for n, t in as_hf_tensors(gguf).items()})
     for scan in (False, True):
-        ours, theirs = load_gguf(path, scan_layers=scan), hf.load(tmp_path, scan_layers=scan)
-        assert ours.config == theirs.config
-        jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+        for how in ({}, {"quantize": {"layers.*": "nf4"}, "block": 16}):
+            ours, theirs = load_gguf(path, scan_layers=scan, **how), hf.load(tmp_path, scan_layers=scan, **how)
+            assert ours.config == theirs.config
+            jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
 
 
 @pytest.mark.slow

@@ -201,6 +201,16 @@ def test_the_randomized_subspace_holds_what_the_exact_one_does():
     assert 0.999 < energy[1] / energy[0] <= 1 + 1e-5
 
 
+def test_more_power_iterations_find_more_of_a_slow_spectrum():
+    g = kernel(200, 300, seed=3) * jnp.linspace(1, 0.5, 300)
+    held = []
+    for power_iterations in (1, 4):
+        tx = galore(optax.identity(), 8, scale=1.0, power_iterations=power_iterations, targets=["w"])
+        params = {"w": {"kernel": g}}
+        held.append(float((tx.update(params, tx.init(params), params)[0]["w"]["kernel"] ** 2).sum()))
+    assert held[1] > 1.02 * held[0]
+
+
 def test_it_trains_and_weight_decay_reaches_the_whole_weight():
     tx = optax.chain(
         galore(optax.scale_by_adam(), 2), optax.add_decayed_weights(0.5), optax.scale_by_learning_rate(0.1)

@@ -100,7 +100,8 @@ class _Session:
         self.rate, self.loss, self.peak, self.refresh_peak = 0.0, math.nan, 0, 0
         self._counted, self._watch = float(self.state.weight), Stopwatch()
         self._evaluate = jax.jit(
-            _with_valid(make_evaluate(job)), out_shardings=job.mesh and sharding.everywhere(job.mesh)
+            sharding.within(job.mesh, _with_valid(make_evaluate(job))),
+            out_shardings=job.mesh and sharding.everywhere(job.mesh),
         )
         self._compiled: dict[str, Any] = {}
 
@@ -186,7 +187,9 @@ class _Session:
         if "update" not in self._compiled:
             bar.doing("compiling")
             where = None if self.job.mesh is None else jax.tree.map(lambda x: x.sharding, self.state)
-            jitted = jax.jit(make_update(self.job), donate_argnums=0, out_shardings=where)
+            jitted = jax.jit(
+                sharding.within(self.job.mesh, make_update(self.job)), donate_argnums=0, out_shardings=where
+            )
             self._compiled["update"] = jitted.lower(self.state, self.fixed, inputs).compile()
             self.peak = peak_bytes(self._compiled["update"])
             wait("compilation of an update")
@@ -197,7 +200,9 @@ class _Session:
             bar.doing("compiling the refresh")
             here = (self.state, self.fixed)
             where = None if self.job.mesh is None else jax.tree.map(lambda x: x.sharding, here)
-            jitted = jax.jit(make_refresh(self.job), donate_argnums=(0, 1), out_shardings=where)
+            jitted = jax.jit(
+                sharding.within(self.job.mesh, make_refresh(self.job)), donate_argnums=(0, 1), out_shardings=where
+            )
             self._compiled["refresh"] = jitted.lower(*here, inputs).compile()
             self.refresh_peak = peak_bytes(self._compiled["refresh"])
             wait("compilation of a refresh")
