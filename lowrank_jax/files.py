@@ -13,13 +13,23 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_FAILING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 _PART = ".part"  # ends the names of what is not complete
 _LEFTOVER = re.compile(rf"\..+\.[a-z0-9_]{{8}}\{_PART}")
 
 
 class StorageError(OSError):
     """A disk did not take what was to be written: it is full, over a quota, read-only or failing. What stood there before stands."""
+
+
+def fault(number: int | None) -> str | None:
+    """What the system says of an error by its number, if it is that a disk is full or failing; None for all others.
+
+    Example:
+      >>> fault(errno.ENOSPC), fault(errno.ENOENT)
+      ('No space left on device', None)
+    """
+    failing = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    return os.strerror(number) if number is not None and failing else None
 
 
 @contextlib.contextmanager
@@ -41,9 +51,10 @@ def storing(
     try:
         yield
     except OSError as error:
-        if isinstance(error, StorageError) or error.errno not in _FAILING:
+        why = fault(error.errno)
+        if why is None:
             raise
-        raise StorageError(f"{what}: could not be written ({os.strerror(error.errno)}). {remedy}") from error
+        raise StorageError(f"{what}: could not be written ({why}). {remedy}") from error
 
 
 def sweep(directory: pathlib.Path) -> None:
@@ -60,7 +71,18 @@ def write_file(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None
       StorageError: the disk is full or failing.
     """
     with storing(path):
-        _write_file(path, chunks)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
@@ -70,43 +92,24 @@ def write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> 
       StorageError: the disk is full or failing.
     """
     with storing(out):
-        _write_directory(out, fill)
-
-
-def _write_file(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _write_directory(out: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    room = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=_PART))
-    try:
-        new = room / "new"
-        new.mkdir()
-        new.chmod(0o777 & ~_umask())
-        fill(new)
-        old = room / "old"
-        if out.exists():
-            os.replace(out, old)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        room = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=_PART))
         try:
-            os.replace(new, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+            new = room / "new"
+            new.mkdir()
+            new.chmod(0o777 & ~_umask())
+            fill(new)
+            old = room / "old"
+            if out.exists():
+                os.replace(out, old)
+            try:
+                os.replace(new, out)
+            except OSError:
+                if old.exists():
+                    os.replace(old, out)
+                raise
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def json_object(raw: bytes) -> dict[str, Any]:

@@ -222,6 +222,6 @@ def test_a_save_that_is_given_up_says_what_to_do(tmp_path, monkeypatch):
         store.wait()
         monkeypatch.setattr(store._manager, "wait", given_up)
         with pytest.raises(
-            StorageError, match=r"not complete in time.*clock was set forward.*of step 3\. Make room; the same command"
+            StorageError, match=r"not in time; .*clock was set forward.*the same command goes on from.*of step 3\."
         ):
             store.wait()

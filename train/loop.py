@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -19,7 +20,6 @@ from train import config as configs
 from train.metrics_log import Bar, MetricsLog
 from train.processes import Stopped, Termination
 from train.step import State, Stepper, start
-from train.stopwatch import Stopwatch, rate
 
 
 class TrainingError(ValueError):
@@ -129,7 +129,7 @@ class _Session:
         self.scores: dict[str, float] = {}
         self.schedule = jax.jit(optimizer.schedule(job.config, job.total_steps))
         self.pending: _Pending | None = None
-        self.units, self.watch = 0, Stopwatch()  # of the batches made, since the last report
+        self.units, self.began = 0, 0.0  # of the batches made, and when, since the last report
 
     def _restore(self, initial: lr.Adapters) -> tuple[_Place, dict[str, Any] | None, lr.Adapters, Any]:
         if not self.checkpoints.steps:
@@ -160,8 +160,7 @@ class _Session:
         config, place, total = self.job.config, self.place, self.job.total_steps
         if place.step:
             bar.say(f"going on from step {place.step} of {total}")
-        stepper = None
-        self.watch.lap()
+        stepper, self.began = None, time.perf_counter()
         while place.step < total and not self._stopped():
             if place.step in self.phases[1:]:
                 self._next_phase(bar)
@@ -245,13 +244,14 @@ class _Session:
         pending, self.pending = self.pending, None
         self._check(pending.ok)
         loss = float(pending.loss) / max(float(pending.weight), 1.0)
-        bar.report(pending.step, loss, rate(pending.units * self.times, self._lap()))
+        bar.report(pending.step, loss, pending.units * self.times / self._lap())
         values = {"train/loss": loss, "train/learning_rate": float(pending.learning_rate)}
         self.log.write(pending.step, values)
 
     def _lap(self) -> float:
         """Seconds since the last lap, which are added to the run's."""
-        seconds = self.watch.lap()
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
         self.place.seconds += seconds
         return seconds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from lowrank_jax.files import json_object, storing, write_file
 from lowrank_jax.hosts import leads
-from train.stopwatch import Stopwatch
 from train.tensorboard import EventFile
 
 
@@ -85,7 +85,7 @@ class Bar:
                    TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         self._progress = Progress(*columns, console=self.console, disable=not self._live)
         self._task = self._progress.add_task("train", total=total, completed=step, note="")
-        self._watch, self._seconds, self._first = Stopwatch(), 0.0, step
+        self._began, self._first = time.perf_counter(), step
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -102,9 +102,8 @@ class Bar:
         """Shows the loss and the speed; ``rate`` is in units a second."""
         note = f"loss {loss:.4f}  {rate:,.0f} {self._unit}/s"
         self._progress.update(self._task, completed=step, note=note)
-        self._seconds += self._watch.lap()
         if not self._live:
-            left = self._seconds / max(step - self._first, 1) * (self._total - step)
+            left = (time.perf_counter() - self._began) / max(step - self._first, 1) * (self._total - step)
             self.console.print(
                 f"step {step}/{self._total}  {note}  left {int(left) // 60}:{int(left) % 60:02d}", highlight=False
             )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.checkpoint.checksum import checksum
 from lowrank_jax.checkpoint.reference import CheckpointError
-from lowrank_jax.files import StorageError, storing
+from lowrank_jax.files import StorageError, fault
 from lowrank_jax.sites import flatten
 
 
@@ -53,10 +53,12 @@ class Store:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        # What is being saved needs all processes, and an error may be that one is gone.
-        if kind is None or jax.process_count() == 1:
-            # A disk that fails fails everything: the error that came first is the one to be seen.
-            with contextlib.suppress(*[] if kind is None else [StorageError]):
+        if kind is None:
+            self.close()
+        elif jax.process_count() == 1:  # what is being saved needs all processes, and the error may be that one is gone
+            with contextlib.suppress(
+                StorageError
+            ):  # a disk that fails fails everything: the first error is the one to be seen
                 self.close()
 
     def close(self) -> None:
@@ -101,21 +103,17 @@ class Store:
     @contextlib.contextmanager
     def _storing(self) -> Iterator[None]:
         """The disk's errors as StorageErrors; they may be those of an earlier save, which is done in the background."""
-        steps = self.steps
-        remedy = f"The newest complete one is of step {steps[-1]}. " if steps else ""
-        remedy += "Make room; the same command goes on from there." if steps else "Make room and begin again."
-        with storing(f"{self.directory}: a checkpoint", remedy):
-            try:
-                yield
-            except TimeoutError as error:  # Orbax measures on the clock of the wall
-                raise StorageError(
-                    f"{self.directory}: a checkpoint was not complete in time; the disk is slow, or the clock was set forward. {remedy}"
-                ) from error
-            except ValueError as error:  # TensorStore's
-                code = re.search(r"os_error_code='(\d+)'", str(error))
-                if code is None:
-                    raise
-                raise OSError(int(code[1]), str(error)) from error
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            why = _fault(error)
+            if why is None:
+                raise
+            steps = self.steps  # the one that failed is not among them any more
+            rest = f"goes on from the newest that is complete, of step {steps[-1]}" if steps else "begins again"
+            raise StorageError(
+                f"{self.directory}: a checkpoint could not be written ({why}). Make room; the same command {rest}."
+            ) from error
 
     def existing(self, step: int | None = None) -> int:
         """The step itself, or the newest for None.
@@ -189,6 +187,14 @@ class _NewestAndBest:
         best = max(scored, key=lambda c: (c.metrics["score"], -c.step)).step if scored else None
         newest = sorted((c.step for c in checkpoints), reverse=True)[: self._keep]
         return [c.step in newest or c.step == best for c in checkpoints]
+
+
+def _fault(error: OSError | ValueError) -> str | None:
+    """What happened to the disk; None for an error of another kind."""
+    if isinstance(error, TimeoutError):  # Orbax measures on the clock of the wall
+        return "not in time; the disk is slow, or the clock was set forward"
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # in the text of TensorStore's ValueErrors
+    return fault(int(number[1]) if number else getattr(error, "errno", None))
 
 
 def _detached(tree: Any) -> Any:

@@ -14,7 +14,6 @@ import numpy as np
 
 from train.data import batching, collate
 from train.data.collate import Batch
-from train.data.patience import patiently
 from train.data.tokens import TokenTable
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -111,16 +110,15 @@ class Loader:
         The keys are those of training and `valid`, bool [batch], false in rows that only fill up the last
         batch, and `index`, int32 [batch], the number of the row in the split (-1 in rows that fill up).
         """
-        for n, chosen in enumerate(batching.evaluation_batches(self.rows.lengths, self.batch_size)):
-            batch = patiently(f"batch {n} of the evaluation", functools.partial(self._collate, chosen))
+        for chosen in batching.evaluation_batches(self.rows.lengths, self.batch_size):
+            batch = self._collate(chosen)
             mine = self._mine(chosen)
             yield batch | {"valid": mine >= 0, "index": mine.astype(np.int32)}
 
     def training_batch(self, step: int) -> Batch:
         """Returns this process's rows of the batch of a step, counted from 0 over all epochs."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        chosen = self._epoch(epoch)[number]
-        return patiently(f"the batch of step {step}", lambda: self._collate(chosen, self.fixed_width))
+        return self._collate(self._epoch(epoch)[number], self.fixed_width)
 
     def padding_share(self, epoch: int = 0) -> float:
         """Returns the share of an epoch's tokens that is padding, 0 to 1."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,14 +19,13 @@ from lowrank_jax.checkpoint import CheckpointError, Store
 from lowrank_jax.files import sweep, write_file
 from lowrank_jax.hosts import leads, on_host, wait
 from train import config as configs
-from train import metrics_log, report, sharding, stopwatch
+from train import metrics_log, report, sharding
 from train.loop import TrainingError, due
 from train.metrics_log import Bar, MetricsLog
 from train.pretraining.run import Run, load, rate
 from train.pretraining.step import Fixed, make_evaluate, make_refresh, make_update, merged, start
 from train.processes import Stopped, Termination
 from train.step import peak_bytes
-from train.stopwatch import Stopwatch
 
 _KEYS = ("tokens", "loss_mask")
 Evaluate = Callable[..., dict[str, jax.Array]]
@@ -65,6 +65,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     Raises:
       ConfigError, ValueError: see the message. TrainingError: the loss is not finite.
       CheckpointError: the workdir holds another run, or its newest checkpoint is damaged.
+      StorageError: the disk of the workdir is full or failing; the same command goes on from the newest checkpoint.
       Stopped: SIGTERM came to one of the processes; a checkpoint is saved.
     """
     return train(load(config))
@@ -98,7 +99,7 @@ class _Session:
         self.batches = job.train.iterator(position)
         self.log = MetricsLog(directory, self.step)
         self.rate, self.loss, self.peak, self.refresh_peak = 0.0, math.nan, 0, 0
-        self._counted, self._watch = float(self.state.weight), Stopwatch()
+        self._counted, self._began = float(self.state.weight), 0.0
         self._evaluate = jax.jit(
             sharding.within(job.mesh, _with_valid(make_evaluate(job))),
             out_shardings=job.mesh and sharding.everywhere(job.mesh),
@@ -122,8 +123,8 @@ class _Session:
         self.state = trees["state"]
         if self.step != step:
             raise CheckpointError(
-                f"{self.store.directory}: the checkpoint of step {step} is of step {self.step}; it was moved there. "
-                f"Remove {self.store.directory / str(step)} to go on from the one before."
+                f"{self.store.directory}: the checkpoint of step {step} says that it is of step {self.step} of {self.job.config.steps}; "
+                f"it was moved there or is damaged. Remove {self.store.directory / str(step)} to go on from the one before."
             )
         held, leaves = trees["fixed"]["held"], trees["fixed"]["adapters"]
         self.fixed = Fixed(held, self.fixed.adapters.replace(sites=leaves["sites"], shared=leaves["shared"]))
@@ -139,7 +140,7 @@ class _Session:
         config, learner, total, step = self.job.config, self.job.learner, self.job.config.steps, self.step
         if step:
             bar.say(f"going on from step {step} of {total}")
-        self._watch.lap()
+        self._began = time.perf_counter()
         while step < total:
             batch = next(self.batches)
             inputs = sharding.put_batch({name: batch[name] for name in _KEYS}, self.job.mesh)
@@ -177,11 +178,11 @@ class _Session:
 
     def _lap(self) -> float:
         """Adds up time and tokens since the last call; tokens a second meanwhile."""
-        elapsed, weight = self._watch.lap(), float(self.state.weight)
-        units = round(weight - self._counted)
+        now, weight = time.perf_counter(), float(self.state.weight)
+        elapsed, units = now - self._began, round(weight - self._counted)
         self.seconds, self.tokens = self.seconds + elapsed, self.tokens + units
-        self._counted = weight
-        return stopwatch.rate(units, elapsed)
+        self._began, self._counted = now, weight
+        return units / max(elapsed, 1e-9)
 
     def _updating(self, bar: Bar, inputs: Any) -> Any:
         if "update" not in self._compiled:
