@@ -31,6 +31,12 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser):
     parser.addoption("--every-mesh", action="store_true", help="every method on every division of eight devices")
+    parser.addoption(
+        "--soak-steps",
+        type=int,
+        default=48,
+        help="updates of the run that meets every fault; 5000 are an hour of MiniLM's",
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,14 @@ import lowrank_jax as lr
 from lowrank_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
+    Store,
     base_reference,
     load_adapter,
     read_record,
     save_adapter,
     save_params,
 )
+from lowrank_jax.files import StorageError
 from lowrank_jax.models.tensors import CorruptFileError
 
 
@@ -209,3 +211,17 @@ def test_reference_depends_on_content_and_layout_only():
     assert base_reference("x", ones, exclude=["head"]).hash == base_reference("y", same, exclude=["head"]).hash
     assert base_reference("x", ones).hash != base_reference("x", same).hash
     assert base_reference("x", {"a": np.ones((3, 2), np.float32)}).hash != base_reference("x", {"a": ones["a"]}).hash
+
+
+def test_a_save_that_is_given_up_says_what_to_do(tmp_path, monkeypatch):
+    def given_up() -> None:
+        raise TimeoutError("7200 seconds")
+
+    with Store(tmp_path) as store:
+        store.save(3, {"w": {"w": jnp.ones(2)}}, {})
+        store.wait()
+        monkeypatch.setattr(store._manager, "wait", given_up)
+        with pytest.raises(
+            StorageError, match=r"not in time; .*clock was set forward.*the same command goes on from.*of step 3\."
+        ):
+            store.wait()

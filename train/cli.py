@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from lowrank_jax.files import StorageError
 from train import processes
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of errors in the input, too.")
@@ -22,6 +23,7 @@ _EXPECTED = (
     NotImplementedError,
     KeyError,
     RuntimeError,
+    StorageError,
 )
 _OURS = ("lowrank_jax", "train", "configs", "__main__")
 

@@ -13,6 +13,7 @@ import ml_collections
 
 import lowrank_jax as lr
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, save_adapter
+from lowrank_jax.files import sweep, write_file
 from lowrank_jax.hosts import leads
 from train import base, evaluation, job, optimizer, report, sharding
 from train import config as configs
@@ -85,6 +86,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     Raises:
       ConfigError, ValueError: see the message. TrainingError: the loss is not finite.
       CheckpointError: the workdir holds another run, or its newest checkpoint is damaged.
+      StorageError: the disk of the workdir is full or failing; the same command goes on from the newest checkpoint.
       Stopped: SIGTERM came to one of the processes; a checkpoint is saved.
     """
     return train(job.load(config))
@@ -96,8 +98,9 @@ def train(job: job.Job) -> Result:
     directory = configs.workdir(config)
     directory.mkdir(parents=True, exist_ok=True)
     if leads():
-        (directory / "config.json").write_text(configs.to_json(config) + "\n")
-        (directory / "plan.txt").write_text(f"{job.plan}\n")
+        sweep(directory)
+        write_file(directory / "config.json", [(configs.to_json(config) + "\n").encode()])
+        write_file(directory / "plan.txt", [f"{job.plan}\n".encode()])
     initial = lr.init(jax.random.key(config.seed), job.params, job.plan, statistics=job.statistics)
     with Checkpoints(directory / "checkpoints", job.base, job.plan, config.keep) as checkpoints:
         session = _Session(job, directory, checkpoints, initial)
@@ -139,6 +142,11 @@ class _Session:
             raise CheckpointError(
                 f"{self.checkpoints.directory} holds a run of {saved['total_steps']} updates with seed {saved['seed']}; the configuration "
                 f"asks for {total} with seed {self.job.config.seed}. Choose another workdir, or remove this one."
+            )
+        if not saved["place"]["step"] == step <= total:
+            raise CheckpointError(
+                f"{self.checkpoints.directory}: the checkpoint of step {step} says that it is of step {saved['place']['step']} of {total}; "
+                f"it was moved there or is damaged. Remove {self.checkpoints.directory / str(step)} to go on from the one before."
             )
         # The checkpoint of a step belongs to the phase that ended with it.
         train, _ = lr.partition(initial, max(step - 1, 0), total)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lowrank_jax.files import json_object, storing, write_file
 from lowrank_jax.hosts import leads
+from train.tensorboard import EventFile
 
 
 class MetricsLog:
@@ -23,48 +25,53 @@ class MetricsLog:
     """
 
     def __init__(self, directory: pathlib.Path, step: int = 0):
-        from tensorboardX import SummaryWriter
-
         self._writes = leads()
         if not self._writes:
             return
         self._file = directory / "metrics.jsonl"
-        _rewrite(self._file, [row for row in read(self._file) if row["step"] <= step])
-        self._stream = self._file.open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        kept = [row for row in read(self._file) if row["step"] <= step]
+        write_file(self._file, [(json.dumps(row) + "\n").encode() for row in kept])
+        with self._storing():
+            self._stream = self._file.open("a")
+            self._board = EventFile(directory / "tensorboard", step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line; names such as 'train/loss'."""
+        """Writes one line; names such as 'train/loss'.
+
+        Raises:
+          StorageError: the disk is full or failing.
+        """
         if not self._writes:
             return
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._storing():
+            self._stream.write(json.dumps({"step": step, **values}) + "\n")
+            self._stream.flush()
+            self._board.write(step, dict(values))
 
     def close(self) -> None:
         if self._writes:
-            self._stream.close()
-            self._board.close()
+            with self._storing():
+                self._stream.close()
+                self._board.close()
+
+    def _storing(self) -> contextlib.AbstractContextManager[None]:
+        return storing(self._file, "Make room; the same command goes on from the newest checkpoint.")
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a killed process left unfinished is dropped."""
+    """The rows of a metrics file; what follows a line that a killed process or a full disk left unfinished is dropped."""
     if not file.is_file():
         return []
-    rows = []
-    for line in file.read_text().splitlines():
+    rows: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json_object(line)
         except ValueError:
             break
+        if type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows
-
-
-def _rewrite(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, file)
 
 
 class Bar:

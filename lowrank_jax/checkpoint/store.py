@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.checkpoint.checksum import checksum
 from lowrank_jax.checkpoint.reference import CheckpointError
+from lowrank_jax.files import StorageError, fault
 from lowrank_jax.sites import flatten
 
 
@@ -50,13 +53,22 @@ class Store:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        # What is being saved needs all processes, and an error may be that one is gone.
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.close()
+        elif jax.process_count() == 1:  # what is being saved needs all processes, and the error may be that one is gone
+            with contextlib.suppress(
+                StorageError
+            ):  # a disk that fails fails everything: the first error is the one to be seen
+                self.close()
 
     def close(self) -> None:
-        """Waits for what is being saved, and lets the directory go."""
-        self._manager.close()
+        """Waits for what is being saved, and lets the directory go.
+
+        Raises:
+          StorageError: as `wait`.
+        """
+        with self._storing():
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -69,15 +81,39 @@ class Store:
         Args:
           trees: pytrees of arrays by name. about: JSON-able data.
           score: of an evaluation at this step, higher is better; None: not evaluated.
+
+        Raises:
+          StorageError: the disk is full or failing, now or while the checkpoint before was written.
         """
         state = _detached(dict(trees))
         metrics = None if score is None else {"score": float(score)}
-        self._manager.save_checkpointables_async(step, state, force=True, overwrite=step in self.steps, metrics=metrics,
-                                                 custom_metadata={**about, "checksums": _checksums(state)})  # fmt: skip
+        with self._storing():
+            self._manager.save_checkpointables_async(step, state, force=True, overwrite=step in self.steps, metrics=metrics,
+                                                     custom_metadata={**about, "checksums": _checksums(state)})  # fmt: skip
 
     def wait(self) -> None:
-        """Waits until everything saved is on the disk."""
-        self._manager.wait()
+        """Waits until everything saved is on the disk.
+
+        Raises:
+          StorageError: the disk is full or failing.
+        """
+        with self._storing():
+            self._manager.wait()
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """The disk's errors as StorageErrors; they may be those of an earlier save, which is done in the background."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            why = _fault(error)
+            if why is None:
+                raise
+            steps = self.steps  # the one that failed is not among them any more
+            rest = f"goes on from the newest that is complete, of step {steps[-1]}" if steps else "begins again"
+            raise StorageError(
+                f"{self.directory}: a checkpoint could not be written ({why}). Make room; the same command {rest}."
+            ) from error
 
     def existing(self, step: int | None = None) -> int:
         """The step itself, or the newest for None.
@@ -151,6 +187,14 @@ class _NewestAndBest:
         best = max(scored, key=lambda c: (c.metrics["score"], -c.step)).step if scored else None
         newest = sorted((c.step for c in checkpoints), reverse=True)[: self._keep]
         return [c.step in newest or c.step == best for c in checkpoints]
+
+
+def _fault(error: OSError | ValueError) -> str | None:
+    """What happened to the disk; None for an error of another kind."""
+    if isinstance(error, TimeoutError):  # Orbax measures on the clock of the wall
+        return "not in time; the disk is slow, or the clock was set forward"
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # in the text of TensorStore's ValueErrors
+    return fault(int(number[1]) if number else getattr(error, "errno", None))
 
 
 def _detached(tree: Any) -> Any:

@@ -10,6 +10,7 @@ import tokenizers
 from lowrank_jax.models.tokenizer import Tokenizer, load_tokenizer
 from train.data import DataError, load
 from train.data.builders.source import split_by_hash
+from train.data.tokens import Example, token_table
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
@@ -126,6 +127,32 @@ def test_tokens_are_cached_and_changed_files_are_not_mistaken(sst2, tokenizer, c
     (batch,) = load("glue/sst2", "validation", tokenizer, **settings).evaluation_batches()
     assert batch["label"].tolist() == [1, 1]
     assert not [f for f in (cache / "lowrank_jax" / "tokens").iterdir() if f.name.startswith(".")]
+
+
+class Flaky(list):
+    """Records on a disk that fails a number of times."""
+
+    failures = 0
+
+    def __getitems__(self, indices):
+        if self.failures:
+            self.failures -= 1
+            raise OSError(5, "Input/output error")
+        return [self[i] for i in indices]
+
+
+def test_records_that_cannot_be_read_are_read_again(cache, monkeypatch, caplog):
+    monkeypatch.setattr("train.data.tokens._PAUSE", 0.0)
+    records, encode = Flaky([[3, 4], [5]]), lambda many: [Example(np.array(x), np.array(x), 0.0) for x in many]
+    records.failures = 2
+    table = token_table(records, encode, ["twice"])
+    assert table.ids.tolist() == [3, 4, 5] and "examples 0 to 1 could not be read" in caplog.text
+    records.failures = 3
+    with pytest.raises(
+        DataError, match=r"examples 0 to 1 could not be read \(\[Errno 5\] Input.*attempt 3 of 3\. Look after the disk"
+    ):
+        token_table(records, encode, ["three times"])
+    assert len(list((cache / "lowrank_jax" / "tokens").iterdir())) == 1
 
 
 def test_classification_texts_are_cut(sst2, tokenizer):

@@ -121,6 +121,11 @@ def test_a_workdir_of_another_run_is_refused(corpus, tmp_path):
     other.steps = 2
     with pytest.raises(CheckpointError, match="holds a run with config.method="):
         loop.run(other)
+    (tmp_path / "run" / "checkpoints" / "2").rename(tmp_path / "run" / "checkpoints" / "9")
+    with pytest.raises(
+        CheckpointError, match="checkpoint of step 9 says that it is of step 2 of 2; .*Remove .*/9 to go on"
+    ):
+        loop.run(config)
 
 
 @pytest.mark.parametrize("recipe", ["adamw", "galore", "dual_galore", "sltrain"])

@@ -8,16 +8,21 @@ import logging
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank_jax import assets
+from lowrank_jax.files import storing
+from train.data.builders.source import DataError
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 _AT_ONCE = 512  # texts handed to the tokenizer together
+_TRIES = 3
+_PAUSE = 1.0  # seconds before the second try, doubled before the next
 _DTYPES = {"ids": np.int32, "marks": np.int8, "offsets": np.int64, "labels": np.float32}
 
 
@@ -70,7 +75,8 @@ def token_table(
         key: whatever decides the outcome; it names the cache entry. JSON-able.
         drop_above: leave out longer examples; None keeps all.
     Raises:
-        ValueError: every example is longer than `drop_above`.
+        DataError: every example is longer than `drop_above`, or records cannot be read.
+        StorageError: the disk of the cache is full or failing.
     """
     name = hashlib.sha256(json.dumps([_FORMAT, drop_above, *key]).encode()).hexdigest()[:20]
     folder = assets.cache_dir() / "tokens" / name
@@ -78,7 +84,8 @@ def token_table(
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
         try:
-            _write(work, records, encode, drop_above)
+            with storing(folder, "It is in the cache, which $XDG_CACHE_HOME moves. Make room and start again."):
+                _write(work, records, encode, drop_above)
             assets.publish(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -107,7 +114,7 @@ def _write(folder: pathlib.Path, records: Sequence[Any], encode: Encode, drop_ab
             stream.close()
     if dropped:
         if dropped == len(records):
-            raise ValueError(
+            raise DataError(
                 f"all {dropped:,} examples are longer than max_length={drop_above}; the longest "
                 f"has {longest:,} tokens. Raise max_length."
             )
@@ -123,9 +130,23 @@ def _batches(records: Sequence[Any]) -> Iterator[Sequence[Any]]:
         task = bar.add_task("tokenizing", total=len(records))
         for start in range(0, len(records), _AT_ONCE):
             indices = list(range(start, min(start + _AT_ONCE, len(records))))
-            many = getattr(records, "__getitems__", None)  # array_record reads a list of records in one call
-            yield many(indices) if many is not None else [records[i] for i in indices]
+            yield _read(records, indices)
             bar.advance(task, len(indices))
+
+
+def _read(records: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    many = getattr(records, "__getitems__", None)  # array_record reads a list of records in one call
+    attempt = 0
+    while True:
+        try:
+            return many(indices) if many is not None else [records[i] for i in indices]
+        except OSError as error:  # a disk over a network fails for a moment now and then
+            attempt += 1
+            what = f"examples {indices[0]} to {indices[-1]} could not be read ({error}), attempt {attempt} of {_TRIES}"
+            if attempt == _TRIES:
+                raise DataError(f"{what}. Look after the disk that they are on, and start again.") from error
+            _LOG.warning("%s", what)
+            time.sleep(_PAUSE * 2 ** (attempt - 1))
 
 
 def _map(folder: pathlib.Path, field: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lowrank_jax import models
 from lowrank_jax.checkpoint import CheckpointError, Store
-from lowrank_jax.files import write_file
+from lowrank_jax.files import sweep, write_file
 from lowrank_jax.hosts import leads, on_host, wait
 from train import config as configs
 from train import metrics_log, report, sharding
@@ -65,6 +65,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     Raises:
       ConfigError, ValueError: see the message. TrainingError: the loss is not finite.
       CheckpointError: the workdir holds another run, or its newest checkpoint is damaged.
+      StorageError: the disk of the workdir is full or failing; the same command goes on from the newest checkpoint.
       Stopped: SIGTERM came to one of the processes; a checkpoint is saved.
     """
     return train(load(config))
@@ -74,6 +75,8 @@ def train(job: Run) -> Result:
     """`run` on a loaded job."""
     directory = configs.workdir(job.config)
     directory.mkdir(parents=True, exist_ok=True)
+    if leads():
+        sweep(directory)
     with Store(directory / "checkpoints", job.config.keep) as store:
         session = _Session(job, directory, store)
         if leads():
@@ -118,6 +121,11 @@ class _Session:
                 )
         trees = self.store.restore(step, {"state": self.state, "fixed": _arrays(self.fixed)})
         self.state = trees["state"]
+        if self.step != step:
+            raise CheckpointError(
+                f"{self.store.directory}: the checkpoint of step {step} says that it is of step {self.step} of {self.job.config.steps}; "
+                f"it was moved there or is damaged. Remove {self.store.directory / str(step)} to go on from the one before."
+            )
         held, leaves = trees["fixed"]["held"], trees["fixed"]["adapters"]
         self.fixed = Fixed(held, self.fixed.adapters.replace(sites=leaves["sites"], shared=leaves["shared"]))
         self.tokens, self.seconds = about["tokens"], about["seconds"]
