@@ -20,7 +20,7 @@ def _config(root, workdir, growth="gradient"):
     config.adapter = configs.rule(
         "spiel", r"encoder/.*/(query|value)", density=0.05, growth=growth, first=2, every=4, share=0.5
     )
-    config.workdir = str(workdir)
+    config.workdir, config.eval_every, config.data.max_length = str(workdir), 0, 8
     return config
 
 
