@@ -192,7 +192,7 @@ def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.flo
     for entry in plan.entries:
         batch = () if entry.site.kind == "param" else entry.local.batch_shape
         sites[entry.site.path] = {
-            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local), leaf.dtype)
+            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local, mesh), leaf.dtype)
             for name, leaf in entry.leaves.items()
         }
     shared: dict[str, Any] = {
