@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax import shard
 from lowrank_jax.adapters import Adapters, check_params, expand
 from lowrank_jax.batching import over_batch
 from lowrank_jax.folding import merged_weight
@@ -134,6 +135,7 @@ def adapt_matmul(
 def run(form: Form, call: Call, batch: Batch) -> jax.Array:
     """A form on a call, for the whole batch or with a different adapter for each row."""
     call = call._replace(signals=batch.signals)
+    form = shard.whole(form)
     return form.apply(call) if batch.rows is None else apply_rows(form, batch.rows, call)
 
 
