@@ -16,6 +16,7 @@ import lowrank_jax as lr
 from configs.minilm_tweets import LINEAR
 from lowrank_jax import assets, models
 from lowrank_jax.models.tokenizer import load_tokenizer
+from train import optimizer as optimizers
 from train.data import Loader
 from train.data import load as load_data
 
@@ -87,7 +88,7 @@ class Trainer:
 
         def optimizer(steps: Any) -> Any:
             adam = optax.chain(
-                optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(cosine(steps))
+                optax.clip_by_global_norm(1.0), optimizers.adam(self.plan), optax.scale_by_schedule(cosine(steps))
             )
 
             # The learning rates come before what the methods do to an update, as in train/optimizer.py.

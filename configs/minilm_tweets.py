@@ -67,7 +67,7 @@ RECIPES = {
     "randlora": Recipe(3e-4, {"rank": 32}),
     "s2_lora": Recipe(4e-3, {"rank": 32}),
     "sara": Recipe(5e-4, {"fraction": 0.0625}),
-    "spiel": Recipe(5e-4, {"density": 0.0625}),
+    "spiel": Recipe(2e-3, {"density": 0.0625}),
     "subspace_update": Recipe(2e-3, {"rank": 16}),
     "sltrain": Recipe(1e-3, {"rank": 8, "density": 0.03, "init": "finetune"}),
     "sora": Recipe(2e-3, {"rank": 15, "alpha": 30.0, "threshold": 1e-3}),

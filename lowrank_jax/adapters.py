@@ -128,7 +128,7 @@ def _maker(method: Method, site: Site, layers: tuple[int, ...] | None, dtype: An
 def _shardings(entry: Entry, mesh: Any) -> dict[str, NamedSharding] | None:
     if mesh is None:
         return None
-    specs = {name: leaf_spec(leaf, entry.local) for name, leaf in entry.leaves.items()}
+    specs = {name: leaf_spec(leaf, entry.local, mesh) for name, leaf in entry.leaves.items()}
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items() if spec is not None} or None
 
 

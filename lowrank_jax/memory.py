@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,8 +133,9 @@ def compile_report(
         step, donate_argnums=tuple(donate), **({} if out_shardings is None else {"out_shardings": out_shardings})
     )
     lowered = jitted.lower(*args)
+    devices = _devices(args)
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered, any(device.platform == "tpu" for device in devices))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -145,10 +148,9 @@ def compile_report(
     # The CPU compiler leaves the peak at the temporaries', and a peak with offloaded arrays has those in it: the sum of all parts is what
     # the device holds at most.
     peak = max(getattr(m, "peak_memory_in_bytes", 0), 0)
-    devices = _devices(args)
     on_cpu = all(device.platform == "cpu" for device in devices)
     host = getattr(m, "host_temp_size_in_bytes", 0)
-    program, kind = hlo.read(compiled.as_text() or ""), chips.chip(next(iter(devices)))
+    program, kind = hlo.read(text), chips.chip(next(iter(devices)))
     return CompileReport(
         peak=total if on_cpu or not peak or host else peak,
         temp=m.temp_size_in_bytes,
@@ -158,6 +160,18 @@ def compile_report(
         seconds=math.nan if kind is None else max(program.cycles / kind.clock, program.sent / kind.links),
         host=host,
     )
+
+
+def _compile(lowered: Any, tpu: bool) -> tuple[Any, str]:
+    """A compiled program and its text."""
+    if not tpu:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text() or ""
+    # XLA cannot read back what libtpu makes of collectives on v5p, so as_text raises; what libtpu writes down itself is whole.
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (written,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+        return compiled, written.read_text()
 
 
 def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Adapters:
@@ -178,7 +192,7 @@ def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.flo
     for entry in plan.entries:
         batch = () if entry.site.kind == "param" else entry.local.batch_shape
         sites[entry.site.path] = {
-            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local), leaf.dtype)
+            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local, mesh), leaf.dtype)
             for name, leaf in entry.leaves.items()
         }
     shared: dict[str, Any] = {

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lowrank_jax.forms.base import REPLICATED_BELOW
 from lowrank_jax.sites import Site, flatten, hits, with_leaves
 from lowrank_jax.sites import sites as sites_of
 
@@ -25,7 +26,6 @@ ROWS = ("data", "fsdp")
 RULES: Mapping[str, str] = MappingProxyType(
     {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
 )
-_REPLICATED_BELOW = 2**12  # numbers; a collective for less costs more than the copy
 
 
 class ShardingError(ValueError):
@@ -150,7 +150,7 @@ def by_rows(x: jax.Array) -> jax.Array:
 
 def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[str | None, ...]:
     spec: list[str | None] = [None] * len(shape)
-    if site is None or site.kind == "param" or math.prod(shape) < _REPLICATED_BELOW:
+    if site is None or site.kind == "param" or math.prod(shape) < REPLICATED_BELOW:
         return tuple(spec)
     wide, narrow = (site.outputs, site.inputs) if site.n_out >= site.n_in else (site.inputs, site.outputs)
     spec[wide[0]], spec[narrow[0]] = "tensor", "fsdp"

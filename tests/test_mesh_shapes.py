@@ -17,6 +17,7 @@ from conformance_case import case_of
 from conformance_methods import METHODS
 
 import lowrank_jax as lr
+from lowrank_jax.forms import base
 
 STEPS = 20
 DIVISIONS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
@@ -32,6 +33,12 @@ def pytest_generate_tests(metafunc):
         if every or row.name in ALWAYS or n == number % len(DIVISIONS)
     ]
     metafunc.parametrize(("row", "sizes"), chosen, ids=[f"{row.name}-{'x'.join(map(str, s))}" for row, s in chosen])
+
+
+@pytest.fixture(autouse=True)
+def divide_everything(monkeypatch):
+    """The models are so small that their leaves would be copied to every device."""
+    monkeypatch.setattr(base, "REPLICATED_BELOW", 1)
 
 
 def test_twenty_updates_agree_with_one_device(row, sizes):

@@ -19,6 +19,7 @@ from train import base, evaluation, job, optimizer, report, sharding
 from train import config as configs
 from train.metrics_log import Bar, MetricsLog
 from train.processes import Stopped, Termination
+from train.reselection import Reselection
 from train.step import State, Stepper, start
 
 
@@ -127,6 +128,7 @@ class _Session:
         self.batches, self.times = job.train.iterator(position), job.train.times
         self.log = MetricsLog(directory, self.place.step)
         self.scores: dict[str, float] = {}
+        self.reselection = Reselection(job)
         self.schedule = jax.jit(optimizer.schedule(job.config, job.total_steps))
         self.pending: _Pending | None = None
         self.units, self.began = 0, 0.0  # of the batches made, and when, since the last report
@@ -167,6 +169,10 @@ class _Session:
                 stepper = None
             if stepper is None:
                 stepper = Stepper(self.job, self.tx, lambda width: bar.doing(f"compiling for width {width}"))
+            if self.reselection.due(place.step):
+                self._report(bar)
+                self._check(self.state.ok)
+                self.state, self.frozen = self.reselection(self.state, self.frozen, self.params, place.step)
             batch = next(self.batches)
             self.state = stepper(self.state, self.frozen, self.params, batch)
             self._report(bar)

@@ -41,7 +41,7 @@ def make(config: ml_collections.ConfigDict, plan: lr.Plan, total_steps: int) -> 
     It only ever sees the trained leaves: clipping, decay and moments leave the base and frozen leaves alone.
     """
     parts = [] if not config.clip else [optax.clip_by_global_norm(config.clip)]
-    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    parts.append(adam(plan, config.b1, config.b2, config.eps))
     if config.weight_decay:
         parts.append(
             optax.add_decayed_weights(config.weight_decay, mask=lambda train: jax.tree.map(lambda x: x.ndim > 1, train))
@@ -56,6 +56,12 @@ def make(config: ml_collections.ConfigDict, plan: lr.Plan, total_steps: int) -> 
             )
         )
     return lr.optim.with_methods(optax.chain(*parts), plan, total_steps)
+
+
+def adam(plan: lr.Plan, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam's steps. Only SpIEL's entries come and go while they are trained; under a plan with some, each has an age of its own."""
+    changing = any(entry.method.name == "spiel" for entry in plan.entries)
+    return (lr.optim.scale_by_spiel if changing else optax.scale_by_adam)(b1, b2, eps)
 
 
 def _scaled(leaves: Any, factor: float) -> Any:

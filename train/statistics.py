@@ -44,7 +44,7 @@ def before_plan(
         for path, site in found.items()
         if any(matches(p, path) and site.kind in rules[p].site_kinds for p in patterns)
     }
-    return lr.contributions(_loss(model, task, mesh), params, tuned, sites, _batches(config, loader, mesh))
+    return lr.contributions(make_loss(model, task, mesh), params, tuned, sites, _batches(config, loader, mesh))
 
 
 def before_init(
@@ -61,7 +61,7 @@ def before_init(
     if not needs & {"gradient", "covariance"}:
         return None
     directory = configs.workdir(config) / "statistics"
-    return lr.collect(_loss(model, task, mesh), params, plan, _batches(config, loader, mesh), directory=directory)
+    return lr.collect(make_loss(model, task, mesh), params, plan, _batches(config, loader, mesh), directory=directory)
 
 
 def _method(rule: Any) -> lr.Method:
@@ -76,7 +76,9 @@ def _batches(config: ml_collections.ConfigDict, loader: Loader, mesh: Any) -> An
     return [sharding.put_batch(batch, mesh) for batch in itertools.islice(loader.iterator(), config.statistics.batches)]
 
 
-def _loss(model: nn.Module, task: Task, mesh: Any) -> Any:
+def make_loss(model: nn.Module, task: Task, mesh: Any) -> Any:
+    """``(params, adapters, batch) -> mean loss``, without dropout."""
+
     def loss(params: Any, adapters: lr.Adapters, batch: Any) -> jax.Array:
         total, weight = task.loss(
             task.logits(lr.linen.adapted(model, adapters), {"params": params}, batch, None), batch

@@ -128,7 +128,8 @@ def as_lora(
 def placed(entry: Entry, leaves: Mapping[str, Any], beside: Any) -> Leaves:
     """Leaves on the device, over the mesh of ``beside`` if it lies on one, as `lowrank_jax.init` lays them."""
     sharding = named_sharding(beside)
-    specs = {name: leaf_spec(leaf, entry.local) for name, leaf in entry.leaves.items()}
+    mesh = None if sharding is None else sharding.mesh
+    specs = {name: leaf_spec(leaf, entry.local, mesh) for name, leaf in entry.leaves.items()}
     if sharding is None or None in specs.values():
         return {name: jnp.asarray(x) for name, x in leaves.items()}
     return {name: jax.device_put(x, NamedSharding(sharding.mesh, specs[name])) for name, x in leaves.items()}  # type: ignore[arg-type]

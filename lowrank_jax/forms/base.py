@@ -7,6 +7,7 @@ All-zero factors mean "no change" in every form, which is what makes a layer out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,9 +15,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lowrank_jax.sites import Site
+
+REPLICATED_BELOW = 2**12  # numbers; a collective for less costs more than the copy
 
 
 class Leaf(NamedTuple):
@@ -157,18 +160,39 @@ def apply_rows(form: Form, rows: jax.Array, call: Call) -> jax.Array:
     return jnp.where(is_base, call.y, adapted)
 
 
-def leaf_spec(leaf: Leaf, site: Site) -> PartitionSpec | None:
+def leaf_spec(leaf: Leaf, site: Site, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec | None:
     """The PartitionSpec of a leaf, inherited from its kernel's; None where the kernel's is unknown.
 
     A canonical axis made of several kernel axes (heads x head_dim) keeps the sharding of the first of them, which is the
     only one that survives flattening; if a later one is sharded the canonical axis is replicated.
+
+    Args:
+      mesh: if given, a leaf that has only one side of the kernel is divided on it over the mesh axes of the other side too, where that is
+        even: a factor takes its share of a device's memory, as its kernel does, and so do its gradient and its optimizer state.
+
+    Example:
+      >>> from jax.sharding import AbstractMesh
+      >>> site = Site("x/kernel", "dense", (64, 512), "float32", (), (0,), (1,), spec=PartitionSpec("fsdp", "tensor"))
+      >>> b = Leaf((8, 512), ("", "out"))
+      >>> leaf_spec(b, site), leaf_spec(b, site, AbstractMesh((4, 2), ("fsdp", "tensor")))
+      (P(None, 'tensor'), P(None, ('tensor', 'fsdp')))
     """
     if site.spec is None:
         return None
     full = tuple(site.spec) + (None,) * (len(site.shape) - len(site.spec))
     roles = {"in": _merged(full, site.inputs), "out": _merged(full, site.outputs)}
-    batch = [full[a] for a in site.batch]
-    return PartitionSpec(*batch, *(roles.get(axis) for axis in leaf.axes))
+    own = [roles.get(axis) for axis in leaf.axes]
+    sides = [side for side in ("in", "out") if side in leaf.axes]
+    if mesh is not None and len(sides) == 1 and math.prod(leaf.shape) >= REPLICATED_BELOW:
+        at = leaf.axes.index(sides[0])
+        axes = (*_names(own[at]), *_names(roles["out" if sides == ["in"] else "in"]))
+        if axes and leaf.shape[at] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            own[at] = axes if len(axes) > 1 else axes[0]
+    return PartitionSpec(*(full[a] for a in site.batch), *own)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _merged(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:

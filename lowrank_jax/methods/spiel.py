@@ -48,8 +48,8 @@ def spiel(
     ``growth`` says what promises more:
 
     - ``momentum`` (SpIEL-MA): products of SM3's accumulators. `optim.with_methods` alone does it, inside the compiled step.
-    - ``gradient`` (SpIEL-AG): accumulated dense gradients, which no step keeps: call `optim.spiel_reselect` between steps. Without those
-      calls the positions stay random.
+    - ``gradient`` (SpIEL-AG): accumulated dense gradients, which no step keeps: call `optim.spiel_reselect` between steps, as
+      ``train.finetune`` does. Without those calls the positions stay random.
 
     Put `optim.scale_by_spiel` in the place of Adam: it gives every entry its own age, or SM3's step. Under another optimizer a new entry
     goes on with the moments of the one whose slot it took, which is an approximation, and positions get moments that nobody reads.
@@ -64,7 +64,8 @@ def spiel(
         model: give ``total`` for that.
       total: instead: entries of all weights of this rule together, shared out in proportion to their size, rounded down. As many as LoRA
         has: ``r * sum(n_in + n_out)``.
-      growth, every, first, share, schedule: see above. For ``gradient`` the caller decides when.
+      growth, every, first, share, schedule: see above. For ``gradient`` the caller decides when,
+        and ``train.finetune`` goes by these.
       entries: k, set by the plan where there is a total.
 
     Raises:

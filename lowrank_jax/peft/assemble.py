@@ -19,7 +19,7 @@ from lowrank_jax.peft.fields import alpha_for
 from lowrank_jax.peft.tensors import within_rank
 from lowrank_jax.peft.units import stack
 from lowrank_jax.plan import Entry
-from lowrank_jax.sites import Site
+from lowrank_jax.sites import Site, named_sharding
 
 
 class Element(NamedTuple):
@@ -71,7 +71,9 @@ def assemble_full(site: Site, weight: np.ndarray) -> tuple[Entry, dict[str, np.n
 
 def place(entry: Entry, leaves: Mapping[str, np.ndarray], weight: Any, dtype: Any) -> dict[str, jax.Array]:
     """The leaves on the devices, laid out beside their weight where that is sharded."""
-    specs = {name: leaf_spec(entry.leaves[name], entry.local) for name in leaves}
+    sharding = named_sharding(weight)
+    mesh = None if sharding is None else sharding.mesh
+    specs = {name: leaf_spec(entry.leaves[name], entry.local, mesh) for name in leaves}
     return {name: _put(value, specs[name], weight, dtype) for name, value in leaves.items()}
 
 

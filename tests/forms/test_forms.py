@@ -258,3 +258,13 @@ def test_leaves_shard_like_their_kernels():
     )
     assert leaf_spec(b, later) == P("data", None, None)
     assert leaf_spec(a, lr.Site("w", "dense", (8, 4), "float32", (), (0,), (1,))) is None
+
+
+def test_a_leaf_of_one_side_is_divided_over_the_axes_of_the_other_too():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
+    site = lr.Site("w", "dense", (512, 516), "float32", (), (0,), (1,), spec=P("fsdp", "tensor"))
+    spec = lambda *axes, shape: leaf_spec(Leaf(shape, axes), site, mesh)  # noqa: E731
+    assert spec("in", "rank", shape=(512, 16)) == P(("fsdp", "tensor"), None)
+    assert spec("rank", "out", shape=(16, 516)) == P(None, "tensor"), "516 does not divide by 8"
+    assert spec("rank", "rank", shape=(64, 64)) == P(None, None) and spec("in", "out", shape=(512, 516)) == site.spec
+    assert spec("in", shape=(512,)) == P("fsdp"), "small ones are not worth a collective"
