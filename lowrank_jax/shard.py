@@ -88,7 +88,8 @@ def layout(
       A tree like ``params`` of NamedShardings, for `jax.device_put`, `jax.jit` or ``abstract`` arrays.
 
     Raises:
-      ShardingError: an override of the wrong length, with an axis that the mesh does not have, or that does not divide the weight.
+      ShardingError: an override of the wrong length, or with an axis that the mesh does not have, that does not divide the weight or that
+        is there twice.
       ValueError: an override that matches nothing; names the nearest paths.
 
     Example:
@@ -116,15 +117,17 @@ def layout(
 
 
 def fitted(shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """A PartitionSpec for an array of this shape, without the mesh axes that do not divide it or that the mesh does not have.
+    """A PartitionSpec for an array of this shape, without mesh axes that do not divide it, were used before or are not the mesh's.
 
     Example:
-      >>> fitted((6, 5), ("fsdp", "rows"), mesh({"fsdp": 1}))
-      P('fsdp', None)
+      >>> fitted((6, 5, 4), ("fsdp", "rows", "fsdp"), mesh({"fsdp": 1}))
+      P('fsdp', None, None)
     """
-    return PartitionSpec(
-        *(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec, strict=True))
-    )  # fmt: skip
+    places: list[str | None] = []
+    for size, axis in zip(shape, spec, strict=True):
+        fits = axis in mesh.shape and axis not in places and size % mesh.shape[axis] == 0
+        places.append(axis if fits else None)
+    return PartitionSpec(*places)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
@@ -191,7 +194,9 @@ def _checked(pattern: str, path: str, shape: tuple[int, ...], spec: Sequence[str
         raise ShardingError(
             f"{field}: {path} has shape {shape}; expected one mesh axis or None for each of its {len(shape)} axes."
         )
-    for size, axis in zip(shape, spec, strict=True):
+    for n, (size, axis) in enumerate(zip(shape, spec, strict=True)):
+        if axis is not None and axis in spec[:n]:
+            raise ShardingError(f"{field}: {axis!r} is there twice; a mesh axis divides one axis of a weight.")
         if axis is not None and axis not in mesh.shape:
             raise ShardingError(f"{field}: the mesh has no axis {axis!r}; its axes are {', '.join(mesh.axis_names)}.")
         if axis is not None and size % mesh.shape[axis]:

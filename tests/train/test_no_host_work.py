@@ -82,7 +82,7 @@ def test_the_next_update_is_asked_for_before_numbers_of_the_last_are_read(root, 
         plain = make(*args)
 
         def run(state, *rest):
-            busy = jax.lax.fori_loop(0, 200_000, lambda i, x: jnp.sin(x), state.loss)
+            busy = jax.lax.fori_loop(0, 5_000_000, lambda i, x: jnp.sin(x), state.loss)
             return plain(state._replace(loss=state.loss + 0 * busy), *rest)
 
         return run
