@@ -26,7 +26,7 @@ from train import base, job, optimizer, sharding, tasks
 from train import config as configs
 from train.step import State, make_update
 
-PRESETS = ("llama2_7b", "llama2_13b", "llama2_70b", "smollm2_135m", "minilm_l6", "roberta_base")
+PRESETS = ("llama2_7b", "llama2_13b", "llama2_70b", "mixtral_8x7b", "smollm2_135m", "minilm_l6", "roberta_base")
 
 
 class Model(NamedTuple):

@@ -15,6 +15,7 @@ from lowrank_jax.models.configs import (
     llama2_13b,
     llama2_70b,
     minilm_l6,
+    mixtral_8x7b,
     roberta_base,
     smollm2_135m,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "logical_axes",
     "mean_pool",
     "minilm_l6",
+    "mixtral_8x7b",
     "param_shapes",
     "roberta_base",
     "save",

@@ -27,6 +27,7 @@ _FAMILIES: Mapping[str, type[BertConfig] | type[LlamaConfig]] = {
     "roberta": BertConfig,
     "llama": LlamaConfig,
     "mistral": LlamaConfig,
+    "mixtral": LlamaConfig,
     "qwen2": LlamaConfig,
     "qwen3": LlamaConfig,
 }
@@ -92,6 +93,24 @@ def llama2_70b(**overrides: Any) -> LlamaConfig:
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
+    }
+    return LlamaConfig(**(shape | overrides))
+
+
+def mixtral_8x7b(**overrides: Any) -> LlamaConfig:
+    """The shapes of Mixtral 8x7B (arXiv 2401.04088): 46.7 billion parameters, 12.9 billion of them for a token.
+
+    Example:
+      >>> mixtral_8x7b().num_local_experts
+      8
+    """
+    shape: dict[str, Any] = {
+        "architecture": "mixtral",
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
     }
     return LlamaConfig(**(shape | overrides))
 

@@ -262,7 +262,7 @@ def _check(
     for entry in table:
         if entry.path in fresh:
             continue
-        expected = shapes[entry.path].shape[1:] if entry.stacked else shapes[entry.path].shape
+        expected = shapes[entry.path].shape[int(entry.stacked) + (entry.experts > 0) :]
         for name in entry.names:
             if name not in tensors:
                 raise CheckpointError(
@@ -283,10 +283,15 @@ def still(
 ) -> Unread:
     """A parameter that is still in its file."""
 
-    def reader(tensor: LazyTensor) -> Callable[[], np.ndarray]:
-        return lambda: tensor.read().T if entry.transpose else tensor.read()
+    def one(name: str) -> np.ndarray:
+        return tensors[name].read().T if entry.transpose else tensors[name].read()
 
-    return Unread(shape, dtype, [reader(tensors[name]) for name in entry.names], entry.stacked, where)
+    def reader(names: tuple[str, ...]) -> Callable[[], np.ndarray]:
+        return lambda: np.stack([one(name) for name in names]) if entry.experts else one(names[0])
+
+    size = entry.experts or 1
+    layers = [entry.names[i : i + size] for i in range(0, len(entry.names), size)]
+    return Unread(shape, dtype, [reader(names) for names in layers], entry.stacked, where)
 
 
 def held(params: Any, quantize: Mapping[str, str] | None, block: int, unread: bool) -> Any:

@@ -20,15 +20,17 @@ class Entry(NamedTuple):
 
     Attributes:
       path: ours, in the layout of `config.scan_layers`, joined by '/'.
-      names: the tensors' names without the prefix of the base model; one per layer for a stacked parameter, else one.
+      names: the tensors' names without the prefix of the base model, one for each matrix or vector.
       transpose: a tensor is (out, in), ours (in, out).
-      stacked: ours has a leading axis, one entry per name.
+      stacked: ours has a leading axis of layers. experts: behind it one of so many experts; 0: none. The names go layer by layer, and in
+        each expert by expert.
     """
 
     path: str
     names: tuple[str, ...]
     transpose: bool
     stacked: bool
+    experts: int = 0
 
 
 _LLAMA_TOP = {"embed_tokens": "embed_tokens", "norm": "norm", "lm_head": "lm_head"}
@@ -37,6 +39,10 @@ _LLAMA_LAYER = {
     "post_attention_norm": "post_attention_layernorm",
     "attention": "self_attn",
     "mlp": "mlp",
+    "moe/router": "block_sparse_moe.gate",
+    "moe/experts/gate_proj": "block_sparse_moe.experts.{}.w1",
+    "moe/experts/down_proj": "block_sparse_moe.experts.{}.w2",
+    "moe/experts/up_proj": "block_sparse_moe.experts.{}.w3",
 }
 _BERT_TOP = {
     "embeddings/norm": "embeddings.LayerNorm",
@@ -152,7 +158,9 @@ def _entry(config: Config, path: str) -> Entry:
         return Entry(path, (name,), leaf == "kernel", stacked=False)
     stacked = match[1] is None
     numbers = range(config.num_hidden_layers) if stacked else (int(match[1]),)
-    return Entry(path, tuple(f"{stem}.{i}.{name}" for i in numbers), leaf == "kernel", stacked)
+    experts = config.num_local_experts if isinstance(config, LlamaConfig) and "{}" in name else 0
+    names = tuple(f"{stem}.{i}.{name}".format(e) for i in numbers for e in range(experts or 1))
+    return Entry(path, names, leaf == "kernel", stacked, experts)
 
 
 def _rename(module: str, table: dict[str, str]) -> str:

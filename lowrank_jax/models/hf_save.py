@@ -106,7 +106,7 @@ def _write_weights(
     config: Config,
     max_shard_size: int,
 ) -> None:
-    # (name, entry, layer) of every tensor, cut into runs that fit a file.
+    # (name, entry, its number there) of every tensor, cut into runs that fit a file.
     shards: list[list[tuple[str, hf_map.Entry, int]]] = [[]]
     room, total = max_shard_size, 0
     for entry in hf_map.entries(config):
@@ -124,7 +124,9 @@ def _write_weights(
         tensors = {}
         for name, entry, i in shard:
             leaf = flat[entry.path]
-            array = np.asarray(leaf[i] if entry.stacked else leaf, stored[entry.path])
+            layer, expert = divmod(i, entry.experts or 1)
+            leaf = leaf[layer] if entry.stacked else leaf
+            array = np.asarray(leaf[expert] if entry.experts else leaf, stored[entry.path])
             tensors[name] = array.T if entry.transpose else array
             weight_map[name] = file
         save_safetensors(directory / file, tensors, {"format": "pt"})

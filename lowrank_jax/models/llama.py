@@ -1,4 +1,4 @@
-"""The Llama family in Flax Linen: one module for Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3.
+"""The Llama family in Flax Linen: one module for Llama 2 and 3, Mistral, Mixtral, SmolLM2, Qwen2 and Qwen3.
 
 Every product with a weight is an `nn.Dense` or an `nn.Embed`, so that interceptors see it. The key/value cache is an argument and
 a result, not a variable: the model stays a pure function of its parameters.
@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from lowrank_jax.models import layers
 from lowrank_jax.models.config_base import activation
+from lowrank_jax.models.experts import Experts
 from lowrank_jax.models.llama_config import LlamaConfig
 from lowrank_jax.models.splash import splash_attention
 from lowrank_jax.remat import nonlinear_input
@@ -130,7 +131,8 @@ class Layer(nn.Module):
         x = nonlinear_input(by_rows(x))  # kept under any name; under this one it can be offloaded
         y, slots = Attention(c, name="attention")(_norm(c, "input_norm")(x), slots, *shared)
         x = nonlinear_input(by_rows(x + y))
-        return by_rows(x + Mlp(c, name="mlp")(_norm(c, "post_attention_norm")(x))), slots
+        mlp = Experts(c, Mlp, name="moe") if c.num_local_experts else Mlp(c, name="mlp")
+        return by_rows(x + mlp(_norm(c, "post_attention_norm")(x))), slots
 
 
 class Llama(nn.Module):

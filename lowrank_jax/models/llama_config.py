@@ -1,4 +1,4 @@
-"""Configuration of the Llama family: Llama 2 and 3, Mistral, SmolLM2, Qwen2, Qwen3."""
+"""Configuration of the Llama family: Llama 2 and 3, Mistral, Mixtral, SmolLM2, Qwen2, Qwen3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_jax.models.config_base import ModelConfig, ModelConfigError, activation, check_multiple, present
 
-_STEM = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_STEM = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = ("hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -39,11 +39,11 @@ class RopeScaling:
 class LlamaConfig(ModelConfig):
     """A decoder-only transformer with rotary positions, RMSNorm and SwiGLU. Field names follow the published config.json.
 
-    Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Mistral 7B (arXiv 2310.06825), SmolLM2 (arXiv 2502.02737), Qwen2
-    (arXiv 2407.10671), Qwen3 (arXiv 2505.09388).
+    Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Mistral 7B (arXiv 2310.06825), Mixtral (arXiv 2401.04088), SmolLM2
+    (arXiv 2502.02737), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388).
 
     Attributes:
-      architecture: 'llama' (also SmolLM2), 'mistral', 'qwen2' or 'qwen3'.
+      architecture: 'llama' (also SmolLM2), 'mistral', 'mixtral', 'qwen2' or 'qwen3'.
       num_key_value_heads: heads of keys and values, shared by groups of query heads (GQA, arXiv 2305.13245).
       head_dim: width of one head; None means hidden_size / num_attention_heads.
       rope_theta, rope_scaling: base of the rotary frequencies, and their stretching.
@@ -51,6 +51,10 @@ class LlamaConfig(ModelConfig):
       qkv_bias, out_bias, mlp_bias: which projections carry a bias.
       qk_norm: RMSNorm of every head of queries and keys (Qwen3).
       tie_word_embeddings: logits by the transposed token embedding, without `lm_head`.
+      num_local_experts, num_experts_per_tok: of a mixture of experts ('mixtral'), how many there are, and how many a token goes
+        through; no experts: one feed-forward for all.
+      expert_room: places that an expert keeps for a row's tokens, as a multiple of an even share; 0: for all of them, which is exact. See
+        `lowrank_jax.models.experts.Experts`.
       loss_chunk: tokens of the batch whose logits exist at once where the model is asked for losses; 0: all.
 
     Raises:
@@ -81,6 +85,9 @@ class LlamaConfig(ModelConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 2
+    expert_room: float = 0.0
     loss_chunk: int = 1024
 
     def __post_init__(self) -> None:
@@ -94,6 +101,18 @@ class LlamaConfig(ModelConfig):
         if self.loss_chunk < 0:
             raise ModelConfigError(
                 f"LlamaConfig.loss_chunk={self.loss_chunk}: expected a number of tokens, or 0 for all"
+            )
+        if (self.architecture == "mixtral") != (self.num_local_experts > 0):
+            raise ModelConfigError(
+                f"LlamaConfig.num_local_experts={self.num_local_experts}: expected at least 1 for a 'mixtral', and 0 for all others"
+            )
+        if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ModelConfigError(
+                f"LlamaConfig.num_experts_per_tok={self.num_experts_per_tok}: expected 1 to {self.num_local_experts}"
+            )
+        if self.expert_room < 0:
+            raise ModelConfigError(
+                f"LlamaConfig.expert_room={self.expert_room}: expected a multiple of an even share, or 0 for all tokens"
             )
         if self.head_dim is None:
             check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
@@ -143,6 +162,8 @@ class LlamaConfig(ModelConfig):
         fields["head_dim"] = hf.get("head_dim") or (128 if kind == "qwen3" else None)
         fields["rope_theta"], fields["rope_scaling"] = _rope(hf)
         fields["sliding_window"] = _window(hf)
+        if kind == "mixtral":
+            fields |= present(hf, ("num_local_experts", "num_experts_per_tok"), kind)
         bias = bool(hf.get("attention_bias", False))
         fields["qkv_bias"] = kind == "qwen2" or bias
         fields["out_bias"] = kind != "qwen2" and bias
@@ -181,6 +202,8 @@ class LlamaConfig(ModelConfig):
             out["mlp_bias"] = self.mlp_bias
         else:
             out["sliding_window"] = self.sliding_window
+        if self.architecture == "mixtral":
+            out |= {name: getattr(self, name) for name in ("num_local_experts", "num_experts_per_tok")}
         if self.architecture in ("qwen2", "qwen3"):
             out["use_sliding_window"] = self.sliding_window is not None
             out["max_window_layers"] = self.num_hidden_layers if self.sliding_window is None else 0
@@ -191,6 +214,7 @@ class LlamaConfig(ModelConfig):
         fixed = {
             "llama": self.qkv_bias == self.out_bias and not self.qk_norm and self.sliding_window is None,
             "mistral": not (self.qkv_bias or self.out_bias or self.mlp_bias or self.qk_norm),
+            "mixtral": not (self.qkv_bias or self.out_bias or self.mlp_bias or self.qk_norm),
             "qwen2": self.qkv_bias and not (self.out_bias or self.mlp_bias or self.qk_norm),
             "qwen3": self.qkv_bias == self.out_bias and self.qk_norm and not self.mlp_bias,
         }

@@ -31,6 +31,9 @@ _AXES: tuple[tuple[str, Axes], ...] = (
     (r"attention/(key|value)/kernel$", ("embed", "heads")),
     (r"attention/(o_proj|output)/kernel$", ("heads", "embed")),
     (r"attention/[qk]_norm/scale$", ("head_dim",)),
+    (r"moe/router/kernel$", ("embed", None)),
+    (r"moe/experts/(gate_proj|up_proj)/kernel$", ("experts", "embed", "mlp")),
+    (r"moe/experts/down_proj/kernel$", ("experts", "mlp", "embed")),
     (r"mlp/(gate_proj|up_proj|intermediate)/kernel$", ("embed", "mlp")),
     (r"mlp/(down_proj|output)/kernel$", ("mlp", "embed")),
     (r"(pooler|mlm_head/dense|classifier/dense)/kernel$", ("embed", None)),
@@ -63,7 +66,7 @@ def param_shapes(config: Config) -> dict[str, Any]:
 def logical_axes(config: Config) -> dict[str, Any]:
     """Names the axes of every parameter, to be mapped to the axes of a device mesh.
 
-    Names: 'layers', 'vocab', 'embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'classes'; None for an axis kept whole. 'heads' and
+    Names: 'layers', 'experts', 'vocab', 'embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'classes'; None for an axis kept whole. 'heads' and
     'kv_heads' name the product heads x head_dim, as projections are kept as matrices.
 
     Returns:

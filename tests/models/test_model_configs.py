@@ -21,6 +21,7 @@ ROUND_TRIPS = [
     LlamaConfig.tiny(qkv_bias=True, out_bias=True, mlp_bias=True),
     LlamaConfig.tiny(architecture="mistral", sliding_window=7),
     LlamaConfig.tiny(architecture="mistral"),
+    LlamaConfig.tiny(architecture="mixtral", num_local_experts=4, num_experts_per_tok=3),
     LlamaConfig.tiny(architecture="qwen2", qkv_bias=True),
     LlamaConfig.tiny(architecture="qwen2", qkv_bias=True, sliding_window=5),
     LlamaConfig.tiny(architecture="qwen3", qk_norm=True, head_dim=24),

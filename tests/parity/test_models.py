@@ -61,6 +61,7 @@ CASES = {
     "llama-linear": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"rope_parameters": _LINEAR}),
     "smollm2": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | {"tie_word_embeddings": True}),
     "mistral": ("MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 4}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _LLAMA | {"num_local_experts": 4}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA | {"tie_word_embeddings": True}),
     "qwen2-sliding": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA | _SLIDING),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _LLAMA | {"head_dim": 16}),
@@ -168,7 +169,7 @@ def test_an_encoder_loads_from_a_checkpoint_with_another_head(tmp_path: pathlib.
     assert all(name.startswith("cls.") for name in loaded.ignored)
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama2", "mistral", "mixtral", "qwen3"])
 @pytest.mark.parametrize("left", [False, True])
 def test_greedy_generation_equals(name: str, left: bool, tmp_path: pathlib.Path) -> None:
     model = oracle(name)
