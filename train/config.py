@@ -52,11 +52,12 @@ def base() -> ml_collections.ConfigDict:
       statistics: batches (training batches read before the run by methods that start from data), tuned (the adapter directory of a full
         fine-tuning run, for methods that allocate ranks by contribution).
       fold: move anchors into a copy of the base, so that they cost nothing in training.
-      mesh: sizes of the axes 'data', 'fsdp' and 'tensor'; their product is the number of devices used.
+      mesh: sizes of the axes 'data', 'fsdp', 'tensor' and 'expert' (of models that have experts); their product is the number of devices
+        used.
 
     Example:
       >>> base().mesh.to_dict()
-      {'data': 1, 'fsdp': 1, 'tensor': 1}
+      {'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1}
     """
     config = ml_collections.ConfigDict()
     config.name = "run"
@@ -98,7 +99,7 @@ def base() -> ml_collections.ConfigDict:
     config.max_new_tokens = 256
     config.statistics = ml_collections.ConfigDict({"batches": 8, "tuned": ""})
     config.fold = True
-    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1})
     return config
 
 

@@ -66,8 +66,8 @@ def param_shapes(config: Config) -> dict[str, Any]:
 def logical_axes(config: Config) -> dict[str, Any]:
     """Names the axes of every parameter, to be mapped to the axes of a device mesh.
 
-    Names: 'layers', 'experts', 'vocab', 'embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'classes'; None for an axis kept whole. 'heads' and
-    'kv_heads' name the product heads x head_dim, as projections are kept as matrices.
+    Names: 'layers', 'experts', 'vocab', 'embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'classes'; None for an axis kept whole. 'heads'
+    and 'kv_heads' name the product heads x head_dim, as projections are kept as matrices.
 
     Returns:
       A tree with the structure of the parameters and a tuple of names in the place of each array.

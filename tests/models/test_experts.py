@@ -1,0 +1,84 @@
+"""Mixtures of experts: routing, room, adapters on all experts of a layer, and experts dealt out over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from random_weights import random_params
+
+import lowrank_jax as lr
+from lowrank_jax import models, shard
+from lowrank_jax.models import LlamaConfig
+from train import sharding
+
+CONFIG = LlamaConfig.tiny(architecture="mixtral", num_local_experts=4, scan_layers=True)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 12)))
+LINEAR = r"layers/.*_proj"
+
+
+def logits(config, params, tokens=TOKENS):
+    return jax.jit(models.build(config).apply)({"params": params}, tokens)
+
+
+def test_room_for_all_tokens_is_what_much_room_is_and_little_room_leaves_some_out():
+    params = random_params(CONFIG)
+    exact = logits(CONFIG, params)
+    np.testing.assert_allclose(logits(dataclasses.replace(CONFIG, expert_room=2.0), params), exact, atol=1e-5)
+    little = logits(dataclasses.replace(CONFIG, expert_room=0.5), params)
+    assert not np.allclose(little, exact, atol=1e-2) and bool(jnp.isfinite(little).all())
+    # Places go to earlier tokens: the first one of a row always has its experts.
+    np.testing.assert_allclose(little[:, 0], exact[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [lr.lora(rank=2), lr.lamda(rank=3)], ids=lambda m: m.name)
+def test_an_adapter_of_all_experts_acts_like_its_merged_weights(method):
+    model, params = models.build(CONFIG), random_params(CONFIG)
+    plan = lr.plan(params, {LINEAR: method}, sites=lr.linen.sites(model, params, TOKENS))
+    by_path = plan.by_path
+    up = by_path["layers/moe/experts/up_proj/kernel"]
+    assert up.route == "factored" and up.site.batch_shape == (2, 4) and len(by_path) == 7
+    adapters = lr.init(jax.random.key(0), params, plan)
+    train, frozen = lr.partition(adapters)
+    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
+    adapters = lr.join(jax.tree.map(noise, train), frozen)
+    got = jax.jit(lambda p, a: lr.linen.apply(model, p, a, TOKENS))(params, adapters)
+    assert not np.allclose(got, logits(CONFIG, params), atol=1e-2)
+    np.testing.assert_allclose(got, logits(CONFIG, lr.merge(params, adapters)), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}])
+def test_updates_with_experts_dealt_out_agree_with_one_device(sizes, monkeypatch):
+    monkeypatch.setattr(lr.forms.base, "REPLICATED_BELOW", 1)
+    mesh, config = shard.mesh(sizes), dataclasses.replace(CONFIG, expert_room=1.5)
+    params = random_params(config)
+    layout = shard.layout(params, mesh, names=models.logical_axes(config))
+    assert layout["layers"]["moe"]["experts"]["up_proj"]["kernel"].spec[1] == "expert"
+    one, many = _run(config, params, None), _run(config, jax.device_put(params, layout), mesh)
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * max(np.abs(want).max(), 1e-3), err_msg=str(path))
+
+
+def _run(config, params, mesh):
+    model = models.build(config)
+    plan = lr.plan(params, {LINEAR: lr.lora(rank=2)}, sites=lr.linen.sites(model, params, TOKENS))
+    train, frozen = lr.partition(lr.init(jax.random.key(0), params, plan))
+    if mesh is not None:
+        assert "expert" in train["layers/moe/experts/up_proj/kernel"]["b"].sharding.spec
+    tx = optax.sgd(0.5)
+
+    def update(train, params, frozen):
+        def loss(train):
+            losses = lr.linen.apply(model, params, lr.join(train, frozen), TOKENS, targets=jnp.roll(TOKENS, -1, 1))
+            return losses.mean()
+
+        return optax.apply_updates(train, tx.update(jax.grad(loss)(train), tx.init(train))[0])
+
+    step = jax.jit(update if mesh is None else sharding.within(mesh, update))
+    for _ in range(4):
+        train = step(train, params, frozen)
+    return jax.tree.map(np.asarray, train)
