@@ -5,7 +5,7 @@
     JAX_PLATFORMS=cpu python -m bench.fit --models llama2_7b --chips v5e-1
 
 One row of 2,048 tokens a chip, the weights over all chips (fsdp), every layer rematerialised, bfloat16 weights and compute, float32
-factors and AdamW moments, adapters on all linear weights of the layers (of Mixtral, those of its experts among them). LaMDA stands with the
+factors and AdamW moments, adapters on all linear weights of the layers. LaMDA stands with the
 larger of its phases, the first. GaLore is its dual between refreshes. Full fine-tuning keeps its weights in float32. `train.plan --search`
 finds faster meshes and policies; here all is compiled alike.
 """
@@ -25,7 +25,7 @@ from train import preview
 
 LOG = RESULTS / "fit.jsonl"
 LENGTH = 2048
-MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mixtral_8x7b")
+MODELS = ("llama2_7b", "llama2_13b", "llama2_70b")
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA r=16": {"method": "lora", "rank": 16},
     "LaMDA r=32": {"method": "lamda", "rank": 32},

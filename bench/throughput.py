@@ -1,7 +1,7 @@
 """Tokens per second: our training step, google-tunix's trainer with qwix's LoRA, full fine-tuning and the frozen floor.
 
     pip install -e '.[bench]' && pip install --no-deps -r bench/tunix.txt      # best in an environment of its own
-    python -m bench.throughput                                                 # some five minutes on two cores
+    python -m bench.throughput                                                 # a quarter of an hour on two cores
 
 A Llama with random weights, the same in all, on the same batches of random tokens, float32, AdamW with clipping and a cosine schedule.
 All take turns in one process, an update each, fed from the host and waited for; a ratio is the median over rounds of the quotient of two
@@ -144,12 +144,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="of the second table")
     parser.add_argument("--compiles", type=int, default=2)
     options = parser.parse_args()
+    peers = {name: importlib.metadata.version(name) for name in ("google-tunix", "qwix")} if PEERS else {}
+    about = {"seed": SEED, "peers": peers, **vars(options)}
     speeds = [row for shape in SHAPES for row in speed(shape, options.layers, options.rounds)]
     show_speed(speeds, f"{options.layers} layers, float32, {options.rounds} rounds")
+    write_json("throughput", about | {"rows": speeds})
     layers = cost_of_layers(options.width, options.rounds, options.compiles)
     show_layers(layers, f"The cost of layers, width {options.width}, 2 x 128 tokens")
-    peers = {name: importlib.metadata.version(name) for name in ("google-tunix", "qwix")} if PEERS else {}
-    write_json("throughput", {"seed": SEED, "peers": peers, **vars(options), "speed": speeds, "cost_of_layers": layers})
+    write_json("cost_of_layers", about | {"rows": layers})
 
 
 if __name__ == "__main__":
