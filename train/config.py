@@ -57,7 +57,7 @@ def base() -> ml_collections.ConfigDict:
 
     Example:
       >>> base().mesh.to_dict()
-      {'data': 1, 'fsdp': 1, 'tensor': 1, 'expert': 1}
+      {'data': 1, 'expert': 1, 'fsdp': 1, 'tensor': 1}
     """
     config = ml_collections.ConfigDict()
     config.name = "run"
