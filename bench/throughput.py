@@ -1,7 +1,8 @@
 """Tokens per second: our training step, google-tunix's trainer with qwix's LoRA, full fine-tuning and the frozen floor.
 
     pip install -e '.[bench]' && pip install --no-deps -r bench/tunix.txt      # best in an environment of its own
-    python -m bench.throughput                                                 # a quarter of an hour on two cores
+    python -m bench.throughput                                                 # some four minutes on two quiet cores
+    python -m bench.throughput --cost-of-layers                                # as much again
 
 A Llama with random weights, the same in all, on the same batches of random tokens, float32, AdamW with clipping and a cosine schedule.
 All take turns in one process, an update each, fed from the host and waited for; a ratio is the median over rounds of the quotient of two
@@ -10,8 +11,8 @@ peer is tunix's Llama with qwix's LoRA, updated by what its `PeftTrainer` compil
 scanned), a second time with the loss that ours computes, which is cheaper. The floor is that of bench/step_time.py. That all start at the
 same loss is checked. Without tunix the peer is left out.
 
-The second table is what layers cost, at a small width: the median update, the line through it, and the first update, which is tracing
-and compiling.
+With --cost-of-layers instead: what layers cost, at a small width. The median update, the line through it, and the first update, which
+is tracing and compiling.
 """
 
 from __future__ import annotations
@@ -139,19 +140,22 @@ def show_layers(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--layers", type=int, default=4, help="of the first table")
-    parser.add_argument("--width", type=int, default=128, help="of the second table")
-    parser.add_argument("--compiles", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cost-of-layers", action="store_true")
+    parser.add_argument("--layers", type=int, default=4, help="without --cost-of-layers")
+    parser.add_argument("--width", type=int, default=128, help="with --cost-of-layers")
+    parser.add_argument("--compiles", type=int, default=2, help="with --cost-of-layers")
     options = parser.parse_args()
     peers = {name: importlib.metadata.version(name) for name in ("google-tunix", "qwix")} if PEERS else {}
-    about = {"seed": SEED, "peers": peers, **vars(options)}
-    speeds = [row for shape in SHAPES for row in speed(shape, options.layers, options.rounds)]
-    show_speed(speeds, f"{options.layers} layers, float32, {options.rounds} rounds")
-    write_json("throughput", about | {"rows": speeds})
-    layers = cost_of_layers(options.width, options.rounds, options.compiles)
-    show_layers(layers, f"The cost of layers, width {options.width}, 2 x 128 tokens")
-    write_json("cost_of_layers", about | {"rows": layers})
+    about = {"seed": SEED, "rounds": options.rounds, "peers": peers}
+    if options.cost_of_layers:
+        rows = cost_of_layers(options.width, options.rounds, options.compiles)
+        show_layers(rows, f"The cost of layers, width {options.width}, 2 x 128 tokens")
+        write_json("throughput_layers", {**about, "width": options.width, "rows": rows})
+    else:
+        rows = [row for shape in SHAPES for row in speed(shape, options.layers, options.rounds)]
+        show_speed(rows, f"{options.layers} layers, float32, {options.rounds} rounds")
+        write_json("throughput", {**about, "rows": rows})
 
 
 if __name__ == "__main__":
