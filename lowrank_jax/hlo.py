@@ -81,7 +81,7 @@ def read(text: str) -> Program:
                     out |= sent(called)
         return out
 
-    return Program(cycles(entry), sum(sent(entry).values()))
+    return Program(cycles(entry), sum(sent(entry).values(), 0.0))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
