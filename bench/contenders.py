@@ -103,12 +103,7 @@ def ours(config: models.LlamaConfig, params: Any, name: str, batch: Batch) -> Co
 
 def ours_unscanned(config: models.LlamaConfig, params: Any, name: str, batch: Batch) -> Contender:
     """The same with a model whose layers are not scanned."""
-    own = {
-        f"layers_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"])
-        for n in range(config.num_hidden_layers)
-    }
-    loose = {path: leaf for path, leaf in params.items() if path != "layers"} | own
-    return ours(dataclasses.replace(config, scan_layers=False), loose, name, batch)
+    return ours(dataclasses.replace(config, scan_layers=False), models.unstack_layers(params), name, batch)
 
 
 def peer(config: models.LlamaConfig, params: Any, name: str, batch: Batch) -> Contender:

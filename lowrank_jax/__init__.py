@@ -7,7 +7,6 @@ from lowrank_jax.adapters import (
     compact,
     count,
     expand,
-    init,
     join,
     mask,
     partition,
@@ -24,6 +23,7 @@ from lowrank_jax.d90 import D90, d90
 from lowrank_jax.fixed_point import fixed_point
 from lowrank_jax.folding import fold, merge, unfold
 from lowrank_jax.homeostasis import vida_scales, with_vida_scales
+from lowrank_jax.initialisation import init
 from lowrank_jax.losses import chunked_cross_entropy, symmetric_kl
 from lowrank_jax.methods import (
     Method,

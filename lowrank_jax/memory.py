@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import chips, flops, hlo, shard
 from lowrank_jax.adapters import Adapters
-from lowrank_jax.forms import leaf_spec
+from lowrank_jax.forms import leaf_sharding
 from lowrank_jax.plan import Plan
 
 # What libtpu asks of a machine that has no TPU; the accelerator type only has to be a valid one.
@@ -184,15 +184,16 @@ def abstract_adapters(plan: Plan, mesh: Mesh | None = None, dtype: Any = jnp.flo
       (8, 2)
     """
 
-    def make(shape: tuple[int, ...], spec: PartitionSpec | None, kind: Any) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, kind or dtype, sharding=sharding)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def make(shape: tuple[int, ...], sharding: NamedSharding | None, kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind or dtype, sharding=sharding or everywhere)
 
     sites: dict[str, Any] = {}
     for entry in plan.entries:
         batch = () if entry.site.kind == "param" else entry.local.batch_shape
         sites[entry.site.path] = {
-            name: make((*batch, *leaf.shape), leaf_spec(leaf, entry.local, mesh), leaf.dtype)
+            name: make((*batch, *leaf.shape), leaf_sharding(leaf, entry.local, mesh), leaf.dtype)
             for name, leaf in entry.leaves.items()
         }
     shared: dict[str, Any] = {

@@ -143,16 +143,11 @@ def by_rows(x: jax.Array) -> jax.Array:
       >>> by_rows(np.ones((4, 2))).shape
       (4, 2)
     """
-    there = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ROWS if there.shape.get(axis, 1) > 1)
-    if not axes or x.shape[0] % math.prod(there.shape[axis] for axis in axes) or not isinstance(x, jax.core.Tracer):
-        return x
-    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+    return _pinned(x, ROWS)
 
 
 def by_experts(x: jax.Array) -> jax.Array:
-    """Pins what a mixture's experts work on: experts over the mesh axis 'expert', rows as `by_rows` has them. The identity where it is one.
+    """Pins what a mixture's experts work on: experts over the mesh axis 'expert', rows as in `by_rows`; the identity in the same cases.
 
     Args:
       x: ``[experts, rows, ...]``, of any dtype.
@@ -161,15 +156,7 @@ def by_experts(x: jax.Array) -> jax.Array:
       >>> by_experts(np.ones((4, 2, 3))).shape
       (4, 2, 3)
     """
-    there = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ROWS if there.shape.get(axis, 1) > 1)
-    experts = "expert" if there.shape.get("expert", 1) > 1 else None
-    if not isinstance(x, jax.core.Tracer) or not (axes or experts):
-        return x
-    if x.shape[0] % there.shape["expert"] or x.shape[1] % math.prod(there.shape[axis] for axis in axes):
-        return x
-    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(experts, axes or None, *free))
+    return _pinned(x, ("expert",), ROWS)
 
 
 def whole(factors: Any) -> Any:
@@ -185,8 +172,7 @@ def whole(factors: Any) -> Any:
       >>> whole({"a": np.ones((4, 2))})["a"].shape
       (4, 2)
     """
-    there = jax.sharding.get_abstract_mesh()
-    if all(there.shape.get(axis, 1) == 1 for axis in ROWS):
+    if not _there(ROWS):
         return factors
 
     def put_together(leaf: Any) -> Any:
@@ -196,6 +182,22 @@ def whole(factors: Any) -> Any:
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*free, None, None))
 
     return jax.tree.map(put_together, factors)
+
+
+def _there(axes: Sequence[str]) -> tuple[str, ...]:
+    """Those of the mesh that is set, without the ones of size 1."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+
+
+def _pinned(x: Any, *places: Sequence[str]) -> Any:
+    """An activation with its first axes over mesh axes, one set of them each; as it is where these are not there or do not divide it."""
+    sizes, over = jax.sharding.get_abstract_mesh().shape, [_there(axes) for axes in places]
+    uneven = any(size % math.prod(sizes[axis] for axis in axes) for size, axes in zip(x.shape, over, strict=False))
+    if not any(over) or uneven or not isinstance(x, jax.core.Tracer):
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(places))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in over), *free))
 
 
 def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[str | None, ...]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.quantized import dense, is_quantized, unbox
 
@@ -184,6 +184,12 @@ def named_sharding(leaf: Any) -> NamedSharding | None:
         return None
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def mesh_of(leaf: Any) -> Mesh | AbstractMesh | None:
+    """The mesh that an array (or ShapeDtypeStruct) lies on; None for tracers and single devices."""
+    sharding = named_sharding(leaf)
+    return None if sharding is None else sharding.mesh
 
 
 def _guess(path: str, leaf: Any, flat: Mapping[str, Any]) -> Site:

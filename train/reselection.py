@@ -16,31 +16,20 @@ BATCHES = 5  # as in the method's release
 
 
 class Reselection:
-    """Exchanges what `lowrank_jax.spiel` with ``growth='gradient'`` trains, as often as its fields ``first`` and ``every`` say.
-
-    Other runs are left alone.
+    """Exchanges what `lowrank_jax.spiel` with ``growth='gradient'`` trains; other runs are left alone.
 
     Raises:
-      ValueError: several rules that do not agree on when.
+      ValueError: rules that do not agree on when, see `lowrank_jax.optim.reselection_due`.
     """
 
     def __init__(self, job: Job):
-        fields = {e.site.path: dict(e.method.config) for e in job.plan.entries if e.method.name == "spiel"}
-        when: dict[str, tuple[int, int]] = {
-            path: (own["first"], own["every"]) for path, own in fields.items() if own["growth"] == "gradient"
-        }
-        if len(set(when.values())) > 1:
-            raise ValueError(
-                f"spiel: rules with growth='gradient' exchange entries at different updates (first, every): {sorted(set(when.values()))}; "
-                "expected the same of all."
-            )
-        self._job, self._paths = job, set(when)
-        self._first, self._every = next(iter(when.values())) if when else (0, 0)
+        lr.optim.reselection_due(job.plan, 0)
+        self._job, self._paths = job, lr.optim.reselected(job.plan)
         self._gradient = jax.jit(jax.grad(self._loss))
 
     def due(self, step: int) -> bool:
         """Whether entries are exchanged after this many updates."""
-        return bool(self._paths) and step >= self._first and (step - self._first) % self._every == 0
+        return bool(self._paths) and lr.optim.reselection_due(self._job.plan, step)
 
     def __call__(self, state: State, frozen: lr.Adapters, params: Any, step: int) -> tuple[State, lr.Adapters]:
         """The state and the frozen leaves after ``step`` updates, with new entries; the next batches are read for it."""

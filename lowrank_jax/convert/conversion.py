@@ -10,17 +10,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from lowrank_jax.adapters import Adapters, check_params
 from lowrank_jax.convert.factors import Factors, Rank, check_target, reduced, squared_distance, squared_norm, stacked
 from lowrank_jax.convert.updates import update_of
-from lowrank_jax.forms import UnsupportedError, leaf_spec
+from lowrank_jax.forms import UnsupportedError, leaf_sharding
 from lowrank_jax.methods.base import Leaves
 from lowrank_jax.methods.lora import lora
 from lowrank_jax.methods.ranks import largest, of_stack
 from lowrank_jax.plan import Entry, Plan
-from lowrank_jax.sites import flatten, hits, named_sharding
+from lowrank_jax.sites import flatten, hits, mesh_of
 
 
 class Conversion(NamedTuple):
@@ -127,12 +126,10 @@ def as_lora(
 
 def placed(entry: Entry, leaves: Mapping[str, Any], beside: Any) -> Leaves:
     """Leaves on the device, over the mesh of ``beside`` if it lies on one, as `lowrank_jax.init` lays them."""
-    sharding = named_sharding(beside)
-    mesh = None if sharding is None else sharding.mesh
-    specs = {name: leaf_spec(leaf, entry.local, mesh) for name, leaf in entry.leaves.items()}
-    if sharding is None or None in specs.values():
+    where = {name: leaf_sharding(leaf, entry.local, mesh_of(beside)) for name, leaf in entry.leaves.items()}
+    if None in where.values():
         return {name: jnp.asarray(x) for name, x in leaves.items()}
-    return {name: jax.device_put(x, NamedSharding(sharding.mesh, specs[name])) for name, x in leaves.items()}  # type: ignore[arg-type]
+    return {name: jax.device_put(x, where[name]) for name, x in leaves.items()}
 
 
 def check_plain(what: str, adapters: Adapters) -> None:

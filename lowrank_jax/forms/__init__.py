@@ -1,7 +1,7 @@
 """How factors act on an input: a handful of forms that hold every method of the library."""
 
 from lowrank_jax.forms.adaptive_low_rank import AdaptiveLowRank
-from lowrank_jax.forms.base import Call, Form, Leaf, Record, UnsupportedError, apply_rows, leaf_spec
+from lowrank_jax.forms.base import Call, Form, Leaf, Record, UnsupportedError, apply_rows, leaf_sharding, leaf_spec
 from lowrank_jax.forms.bottleneck import Bottleneck, NonlinearBottleneck
 from lowrank_jax.forms.branches import Branches
 from lowrank_jax.forms.chain import Chain
@@ -44,5 +44,6 @@ __all__ = [
     "Tucker",
     "UnsupportedError",
     "apply_rows",
+    "leaf_sharding",
     "leaf_spec",
 ]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.sites import Site
 
@@ -189,6 +189,16 @@ def leaf_spec(leaf: Leaf, site: Site, mesh: Mesh | AbstractMesh | None = None) -
         if axes and leaf.shape[at] % math.prod(mesh.shape[axis] for axis in axes) == 0:
             own[at] = axes if len(axes) > 1 else axes[0]
     return PartitionSpec(*(full[a] for a in site.batch), *own)
+
+
+def leaf_sharding(leaf: Leaf, site: Site, mesh: Any) -> NamedSharding | None:
+    """Where a leaf lies on the mesh of its kernel, by `leaf_spec`; None without a mesh, or where the kernel's place is unknown.
+
+    Example:
+      >>> leaf_sharding(Leaf((8, 512), ("", "out")), Site("x/kernel", "dense", (64, 512), "float32", (), (0,), (1,)), None)
+    """
+    spec = None if mesh is None else leaf_spec(leaf, site, mesh)
+    return None if spec is None else NamedSharding(mesh, spec)
 
 
 def _names(axes: Any) -> tuple[str, ...]:

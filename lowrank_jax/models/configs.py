@@ -17,7 +17,10 @@ __all__ = [
     "RopeScaling",
     "from_hf",
     "llama2_7b",
+    "llama2_13b",
+    "llama2_70b",
     "minilm_l6",
+    "mixtral_8x7b",
     "roberta_base",
     "smollm2_135m",
 ]

@@ -17,10 +17,10 @@ from lowrank_jax.shard import by_experts
 class Experts(nn.Module):
     """The mixture of Mixtral of Experts (arXiv 2401.04088): a router picks the experts of a token and weighs what they make of it.
 
-    Each row of a batch sends its tokens to places that the experts keep for it, so that tokens move between devices only along the mesh
-    axis 'expert'. A token that finds all places taken is left out by that expert, whose share is zero then; with ``expert_room`` 0 there
-    is a place for everyone, which is exact and costs as much as all experts together. There is no auxiliary loss for balance: it is for
-    training the router, which adapters leave frozen.
+    An expert has a capacity, so many places for the tokens of each row of a batch: tokens move between devices only along the mesh axis
+    'expert'. A token that finds all places taken is dropped by that expert, as if it had made zero of it. With ``capacity_factor`` 0
+    there is a place for everyone, which is exact and costs as much as all experts together. There is no auxiliary loss for balance: it
+    is for training the router, which adapters leave frozen.
 
     Attributes:
       config: shapes. expert: the module of one expert, ``(config) -> (rows, places, hidden) -> the same``.
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         c = self.config
         rows, length, width = x.shape
         chosen, shares = self._route(x)
-        places = room(c, length)
+        places = capacity(c, length)
         at = _places(chosen, c.num_local_experts, places)  # (batch, length * chosen)
         senders = jnp.broadcast_to(jnp.repeat(jnp.arange(length), c.num_experts_per_tok), at.shape)
         empty = jnp.full((rows, c.num_local_experts * places), length)
@@ -57,16 +57,16 @@ class Experts(nn.Module):
         return chosen, best / best.sum(-1, keepdims=True)
 
 
-def room(config: LlamaConfig, length: int) -> int:
+def capacity(config: LlamaConfig, length: int) -> int:
     """Places that an expert keeps for a row of so many tokens.
 
     Example:
-      >>> config = LlamaConfig.tiny(architecture="mixtral", num_local_experts=8, expert_room=1.5)
-      >>> room(config, 64), room(LlamaConfig.tiny(architecture="mixtral", num_local_experts=8), 64)
+      >>> config = LlamaConfig.tiny(architecture="mixtral", num_local_experts=8, capacity_factor=1.5)
+      >>> capacity(config, 64), capacity(LlamaConfig.tiny(architecture="mixtral", num_local_experts=8), 64)
       (24, 64)
     """
     even = length * config.num_experts_per_tok / config.num_local_experts
-    return min(length, math.ceil(even * config.expert_room)) if config.expert_room else length
+    return min(length, math.ceil(even * config.capacity_factor)) if config.capacity_factor else length
 
 
 def _places(chosen: jax.Array, experts: int, places: int) -> jax.Array:

@@ -53,8 +53,8 @@ class LlamaConfig(ModelConfig):
       tie_word_embeddings: logits by the transposed token embedding, without `lm_head`.
       num_local_experts, num_experts_per_tok: of a mixture of experts ('mixtral'), how many there are, and how many a token goes
         through; no experts: one feed-forward for all.
-      expert_room: places that an expert keeps for a row's tokens, as a multiple of an even share; 0: for all of them, which is exact. See
-        `lowrank_jax.models.experts.Experts`.
+      capacity_factor: places that an expert keeps for a row's tokens, as a multiple of an even share; 0: for all of them, which is
+        exact. See `lowrank_jax.models.experts.Experts`.
       loss_chunk: tokens of the batch whose logits exist at once where the model is asked for losses; 0: all.
 
     Raises:
@@ -87,7 +87,7 @@ class LlamaConfig(ModelConfig):
     tie_word_embeddings: bool = False
     num_local_experts: int = 0
     num_experts_per_tok: int = 2
-    expert_room: float = 0.0
+    capacity_factor: float = 0.0
     loss_chunk: int = 1024
 
     def __post_init__(self) -> None:
@@ -110,9 +110,9 @@ class LlamaConfig(ModelConfig):
             raise ModelConfigError(
                 f"LlamaConfig.num_experts_per_tok={self.num_experts_per_tok}: expected 1 to {self.num_local_experts}"
             )
-        if self.expert_room < 0:
+        if self.capacity_factor < 0:
             raise ModelConfigError(
-                f"LlamaConfig.expert_room={self.expert_room}: expected a multiple of an even share, or 0 for all tokens"
+                f"LlamaConfig.capacity_factor={self.capacity_factor}: expected a multiple of an even share, or 0 for all tokens"
             )
         if self.head_dim is None:
             check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)

@@ -15,7 +15,7 @@ from lowrank_jax.optim.precision_state import mean_word_length, quantise_params,
 from lowrank_jax.optim.prune_triplets import prune_triplets
 from lowrank_jax.optim.soft_threshold import soft_threshold
 from lowrank_jax.optim.spiel import reselect_entries
-from lowrank_jax.optim.spiel_reselect import spiel_reselect
+from lowrank_jax.optim.spiel_reselect import reselected, reselection_due, spiel_reselect
 from lowrank_jax.optim.spiel_steps import scale_by_spiel
 from lowrank_jax.optim.update_used import update_used
 
@@ -38,6 +38,8 @@ __all__ = [
     "lisa",
     "prune_triplets",
     "reselect_entries",
+    "reselected",
+    "reselection_due",
     "scale_by_adam_8bit",
     "scale_by_spiel",
     "share_out",

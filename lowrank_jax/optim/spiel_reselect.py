@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lowrank_jax.batching import over_batch
 from lowrank_jax.optim.entry_swaps import flat_positions, swap, swap_share, swapped_leaves
 from lowrank_jax.optim.spiel_steps import SpielMoments
-from lowrank_jax.plan import Entry, local_kernel
+from lowrank_jax.plan import Entry, Plan, local_kernel
 from lowrank_jax.sites import flatten, named_sharding
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def spiel_reselect(
     of the moment: in that this is a reconstruction. A gradient counts as one update; where updates accumulate, pass their means.
     Gradients are read one after another, so a generator holds one at a time::
 
-        if step % 20 == 5:  # after updates 5, 25, 45, ...
+        if lr.optim.reselection_due(plan, step):  # after so many updates
             adapters = lr.join(train, frozen)
             dense = (jax.grad(loss)(params, adapters, batch) for batch in batches)  # of the base; the release takes five
             adapters, state = lr.optim.spiel_reselect(adapters, state, dense, step, total_steps)
@@ -145,6 +145,41 @@ def _placed(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _by_gradients(entry: Entry) -> bool:
     return entry.method.name == "spiel" and dict(entry.method.config)["growth"] == "gradient"
+
+
+def reselected(plan: Plan) -> frozenset[str]:
+    """The weights whose entries `spiel_reselect` exchanges: those of `spiel` with ``growth='gradient'``.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"x": {"kernel": jnp.zeros((2, 3))}}
+      >>> reselected(lr.plan(params, {"x": lr.spiel(density=0.5, growth="gradient")}))
+      frozenset({'x/kernel'})
+    """
+    return frozenset(entry.site.path for entry in plan.entries if _by_gradients(entry))
+
+
+def reselection_due(plan: Plan, step: int) -> bool:
+    """Whether `spiel_reselect` is to be called after so many updates, by the fields ``first`` and ``every`` of the method.
+
+    Raises:
+      ValueError: several rules that do not agree on when.
+
+    Example:
+      >>> import lowrank_jax as lr
+      >>> params = {"x": {"kernel": jnp.zeros((2, 3))}}
+      >>> plan = lr.plan(params, {"x": lr.spiel(density=0.5, growth="gradient", first=5, every=20)})
+      >>> [step for step in range(50) if reselection_due(plan, step)]
+      [5, 25, 45]
+    """
+    fields = [dict(entry.method.config) for entry in plan.entries if _by_gradients(entry)]
+    when = {(own["first"], own["every"]) for own in fields}
+    if len(when) > 1:
+        raise ValueError(
+            f"spiel: rules with growth='gradient' exchange entries at different updates (first, every): {sorted(when)}; expected the same "
+            "of all."
+        )
+    return any(step >= first and (step - first) % every == 0 for first, every in when)
 
 
 def _find(state: Any, entries: Mapping[str, Entry]) -> SpielMoments:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_jax.forms import leaf_spec
+from lowrank_jax.forms import leaf_sharding
 from lowrank_jax.methods.base import scaling
 from lowrank_jax.methods.dora import dora
 from lowrank_jax.methods.full import full
@@ -19,7 +19,7 @@ from lowrank_jax.peft.fields import alpha_for
 from lowrank_jax.peft.tensors import within_rank
 from lowrank_jax.peft.units import stack
 from lowrank_jax.plan import Entry
-from lowrank_jax.sites import Site, named_sharding
+from lowrank_jax.sites import Site, mesh_of
 
 
 class Element(NamedTuple):
@@ -71,10 +71,8 @@ def assemble_full(site: Site, weight: np.ndarray) -> tuple[Entry, dict[str, np.n
 
 def place(entry: Entry, leaves: Mapping[str, np.ndarray], weight: Any, dtype: Any) -> dict[str, jax.Array]:
     """The leaves on the devices, laid out beside their weight where that is sharded."""
-    sharding = named_sharding(weight)
-    mesh = None if sharding is None else sharding.mesh
-    specs = {name: leaf_spec(entry.leaves[name], entry.local, mesh) for name in leaves}
-    return {name: _put(value, specs[name], weight, dtype) for name, value in leaves.items()}
+    where = {name: leaf_sharding(entry.leaves[name], entry.local, mesh_of(weight)) for name in leaves}
+    return {name: _put(value, where[name], weight, dtype) for name, value in leaves.items()}
 
 
 def place_common(leaves: Mapping[str, np.ndarray], weight: Any, dtype: Any) -> dict[str, jax.Array]:
@@ -82,10 +80,8 @@ def place_common(leaves: Mapping[str, np.ndarray], weight: Any, dtype: Any) -> d
     return {name: _put(value, None, weight, dtype) for name, value in leaves.items()}
 
 
-def _put(value: np.ndarray, spec: PartitionSpec | None, weight: Any, dtype: Any) -> jax.Array:
+def _put(value: np.ndarray, where: NamedSharding | None, weight: Any, dtype: Any) -> jax.Array:
     # A copy: the array may be a view of the mapped file.
     array = np.array(value, jnp.dtype(value.dtype if dtype is None else dtype), order="C")
-    sharding = getattr(weight, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        return jax.device_put(array, NamedSharding(sharding.mesh, spec or PartitionSpec()))
-    return jnp.asarray(array)
+    mesh = mesh_of(weight)
+    return jnp.asarray(array) if mesh is None else jax.device_put(array, where or NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]

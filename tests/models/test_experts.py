@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing, room, adapters on all experts of a layer, and experts dealt out over a mesh."""
+"""Mixtures of experts: routing, capacity, adapters on all experts of a layer, and experts dealt out over a mesh."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def logits(config, params, tokens=TOKENS):
     return jax.jit(models.build(config).apply)({"params": params}, tokens)
 
 
-def test_room_for_all_tokens_is_what_much_room_is_and_little_room_leaves_some_out():
+def test_a_large_capacity_is_exact_and_a_small_one_leaves_tokens_out():
     params = random_params(CONFIG)
     exact = logits(CONFIG, params)
-    np.testing.assert_allclose(logits(dataclasses.replace(CONFIG, expert_room=2.0), params), exact, atol=1e-5)
-    little = logits(dataclasses.replace(CONFIG, expert_room=0.5), params)
+    np.testing.assert_allclose(logits(dataclasses.replace(CONFIG, capacity_factor=2.0), params), exact, atol=1e-5)
+    little = logits(dataclasses.replace(CONFIG, capacity_factor=0.5), params)
+    # Far apart, so that the equality above and below is not that of a model that ignores its experts.
     assert not np.allclose(little, exact, atol=1e-2) and bool(jnp.isfinite(little).all())
     # Places go to earlier tokens: the first one of a row always has its experts.
     np.testing.assert_allclose(little[:, 0], exact[:, 0], atol=1e-5)
@@ -47,6 +48,7 @@ def test_an_adapter_of_all_experts_acts_like_its_merged_weights(method):
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
     adapters = lr.join(jax.tree.map(noise, train), frozen)
     got = jax.jit(lambda p, a: lr.linen.apply(model, p, a, TOKENS))(params, adapters)
+    # The adapter is seen to act; else the merged weights would agree whatever it is.
     assert not np.allclose(got, logits(CONFIG, params), atol=1e-2)
     np.testing.assert_allclose(got, logits(CONFIG, lr.merge(params, adapters)), atol=2e-4, rtol=2e-4)
 
@@ -54,7 +56,7 @@ def test_an_adapter_of_all_experts_acts_like_its_merged_weights(method):
 @pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}])
 def test_updates_with_experts_dealt_out_agree_with_one_device(sizes, monkeypatch):
     monkeypatch.setattr(lr.forms.base, "REPLICATED_BELOW", 1)
-    mesh, config = shard.mesh(sizes), dataclasses.replace(CONFIG, expert_room=1.5)
+    mesh, config = shard.mesh(sizes), dataclasses.replace(CONFIG, capacity_factor=1.5)
     params = random_params(config)
     layout = shard.layout(params, mesh, names=models.logical_axes(config))
     assert layout["layers"]["moe"]["experts"]["up_proj"]["kernel"].spec[1] == "expert"
