@@ -7,13 +7,15 @@
 One row of 2,048 tokens a chip, the weights over all chips (fsdp), every layer rematerialised, bfloat16 weights and compute, float32
 factors and AdamW moments, adapters on all linear weights of the layers. LaMDA stands with the
 larger of its phases, the first. GaLore is its dual between refreshes. Full fine-tuning keeps its weights in float32. `train.plan --search`
-finds faster meshes and policies; here all is compiled alike.
+finds faster meshes and policies; here all is compiled alike. Mixtral's eight experts lie over as many chips (the mesh axis 'expert'), the
+rest of its weights over fsdp; an expert has places for 1.25 times its even share of tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from typing import Any
 
@@ -25,7 +27,7 @@ from train import preview
 
 LOG = RESULTS / "fit.jsonl"
 LENGTH = 2048
-MODELS = ("llama2_7b", "llama2_13b", "llama2_70b")
+MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mixtral_8x7b")
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA r=16": {"method": "lora", "rank": 16},
     "LaMDA r=32": {"method": "lamda", "rank": 32},
@@ -48,6 +50,9 @@ def experiment(model: str, method: str, chips: int) -> Any:
     fields = dict(METHODS[method])
     config.adapter = configs.rule(fields.pop("method"), SITES, **fields)
     config.head, config.steps, config.batch_size, config.mesh.fsdp = None, 100, chips, chips
+    if model == "mixtral_8x7b":
+        config.mesh.expert = math.gcd(chips, 8)
+        config.mesh.fsdp, config.model.capacity_factor = chips // config.mesh.expert, 1.25
     return config
 
 

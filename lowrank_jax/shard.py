@@ -20,8 +20,8 @@ from lowrank_jax.sites import Site, flatten, hits, with_leaves
 from lowrank_jax.sites import sites as sites_of
 
 AXES = ("data", "fsdp", "tensor", "expert")
-ROWS = ("data", "fsdp")
-"""The axes over which the rows of a batch are dealt out."""
+ROWS = ("data", "fsdp", "expert")
+"""The axes over which the rows of a batch are dealt out; within a mixture the devices of 'expert' exchange tokens instead."""
 # Megatron's division: the wide side of every projection over 'tensor', the model's width over 'fsdp'.
 RULES: Mapping[str, str] = MappingProxyType(
     {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
@@ -147,7 +147,9 @@ def by_rows(x: jax.Array) -> jax.Array:
 
 
 def by_experts(x: jax.Array) -> jax.Array:
-    """Pins what a mixture's experts work on: experts over the mesh axis 'expert', rows as in `by_rows`; the identity in the same cases.
+    """Pins what a mixture's experts work on: experts over the mesh axis 'expert', rows over the others of `by_rows`.
+
+    It is the identity where `by_rows` is one.
 
     Args:
       x: ``[experts, rows, ...]``, of any dtype.
@@ -156,7 +158,7 @@ def by_experts(x: jax.Array) -> jax.Array:
       >>> by_experts(np.ones((4, 2, 3))).shape
       (4, 2, 3)
     """
-    return _pinned(x, ("expert",), ROWS)
+    return _pinned(x, ("expert",), [axis for axis in ROWS if axis != "expert"])
 
 
 def whole(factors: Any) -> Any:

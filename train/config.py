@@ -6,6 +6,7 @@ A config file returns `base()` with some fields changed. Any field can be given 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 import lowrank_jax as lr
 from lowrank_jax.quantized import KINDS
+from lowrank_jax.shard import ROWS
 
 TASKS = ("classification", "causal_lm")
 DTYPES = ("float32", "bfloat16")
@@ -36,8 +38,9 @@ def base() -> ml_collections.ConfigDict:
         published, 'cls', 'mean'), dtype of the activations, param_dtype of the base, scan_layers, remat ('none', 'full', 'dots',
         'adapter', 'adapter_offload' or a policy of jax.checkpoint_policies), dropout (whether the model's own dropout is on in training),
         attention ('' leaves it to JAX, 'xla', 'cudnn', or 'splash': a causal_lm on one TPU), loss_chunk (tokens a shard of the batch
-        whose logits exist at once, causal_lm only; 0: all), quantize ('' or what the kernels of all layers are held
-        in, 'int8' or 'nf4'), quantize_block (numbers that share a scale).
+        whose logits exist at once, causal_lm only; 0: all), capacity_factor (places an expert of a mixture keeps for tokens, as a
+        multiple of an even share; 0: for all, exact but at the cost of all experts), quantize ('' or what the kernels of all layers are
+        held in, 'int8' or 'nf4'), quantize_block (numbers that share a scale).
       data: see `train.data.load`; eval_limit and limit take the first so many examples, test_split '' means no test.
       adapter, head: a rule each, see `rule`; None leaves it out. more: further rules by name. exclude: patterns to leave alone.
       allow_dense: let a weight that cannot be intercepted be adapted by a dense update.
@@ -52,8 +55,8 @@ def base() -> ml_collections.ConfigDict:
       statistics: batches (training batches read before the run by methods that start from data), tuned (the adapter directory of a full
         fine-tuning run, for methods that allocate ranks by contribution).
       fold: move anchors into a copy of the base, so that they cost nothing in training.
-      mesh: sizes of the axes 'data', 'fsdp', 'tensor' and 'expert' (of models that have experts); their product is the number of devices
-        used.
+      mesh: sizes of the axes 'data', 'fsdp', 'tensor' and 'expert'; their product is the number of devices used. Rows of a batch are
+        dealt out over all but 'tensor', weights over 'fsdp' and 'tensor', experts of a mixture over 'expert' as well.
 
     Example:
       >>> base().mesh.to_dict()
@@ -66,7 +69,8 @@ def base() -> ml_collections.ConfigDict:
     config.workdir = ""
     config.model = ml_collections.ConfigDict(
         {"source": "minilm", "pooling": "", "dtype": "float32", "param_dtype": "float32", "scan_layers": True,
-         "remat": "none", "dropout": False, "attention": "", "loss_chunk": 1024, "quantize": "", "quantize_block": 64}
+         "remat": "none", "dropout": False, "attention": "", "loss_chunk": 1024, "capacity_factor": 0.0,
+         "quantize": "", "quantize_block": 64}
     )  # fmt: skip
     config.data = ml_collections.ConfigDict(
         {"name": "tweets", "directory": "", "train_split": "train", "eval_split": "validation", "test_split": "",
@@ -203,18 +207,26 @@ def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """How the model computes, as fields of its own configuration."""
     fields: dict[str, Any] = {"attention_implementation": config.model.attention or None}
     if config.task == "causal_lm":
-        fields["loss_chunk"] = config.model.loss_chunk * config.mesh.data * config.mesh.fsdp
+        fields["loss_chunk"] = config.model.loss_chunk * row_shards(config)
+    if factor := config.model.capacity_factor:
+        require(config.task == "causal_lm", "model.capacity_factor", factor, "0 in a classification")
+        fields["capacity_factor"] = factor
     return fields
+
+
+def row_shards(config: ml_collections.ConfigDict) -> int:
+    """Over how many parts of the mesh the rows of a batch are dealt out."""
+    return math.prod(config.mesh[axis] for axis in ROWS)
 
 
 def check_mesh(config: ml_collections.ConfigDict) -> None:
     """Raises a ConfigError unless the rows of a batch can be dealt out to microbatches and devices."""
-    rows, shards = config.batch_size // config.accumulate, config.mesh.data * config.mesh.fsdp
+    rows, shards = config.batch_size // config.accumulate, row_shards(config)
     require(
         config.batch_size % config.accumulate == 0, "accumulate", config.accumulate, f"a divisor of batch_size={config.batch_size}"
     )  # fmt: skip
     require(min(config.mesh.values()) >= 1, "mesh", config.mesh.to_dict(), "sizes of at least 1")
-    needed = f"a multiple of accumulate x mesh.data x mesh.fsdp = {shards * config.accumulate}"
+    needed = f"a multiple of accumulate x {' x '.join(f'mesh.{axis}' for axis in ROWS)} = {shards * config.accumulate}"
     require(rows % shards == 0, "batch_size", config.batch_size, needed)
     require(config.eval_batch_size % shards == 0, "eval_batch_size", config.eval_batch_size, f"a multiple of {shards}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -34,8 +35,10 @@ class Choice(NamedTuple):
     chip: Chip | None = None
 
 
-def meshes(config: ml_collections.ConfigDict, chips: int) -> Iterator[dict[str, int]]:
+def meshes(config: ml_collections.ConfigDict, chips: int, experts: int = 0) -> Iterator[dict[str, int]]:
     """Divisions of all chips that the batch allows: weights over 'fsdp' and a little 'tensor', or the whole model on each.
+
+    The experts of a mixture, where the model has them, are either divided like other weights or dealt out over 'expert'.
 
     Example:
       >>> from train.config import base
@@ -44,13 +47,12 @@ def meshes(config: ml_collections.ConfigDict, chips: int) -> Iterator[dict[str, 
       >>> [{axis: size for axis, size in sizes.items() if size > 1} for sizes in meshes(config, 8)]
       [{'fsdp': 4, 'tensor': 2}, {'fsdp': 2, 'tensor': 4}, {'tensor': 8}]
     """
-    for data in dict.fromkeys((1, chips)):
-        for tensor in _TENSOR:
-            if chips % (data * tensor):
-                continue
-            sizes = dict.fromkeys(config.mesh, 1) | {"data": data, "fsdp": chips // data // tensor, "tensor": tensor}
-            if config.batch_size // config.accumulate % (sizes["data"] * sizes["fsdp"]) == 0:
-                yield sizes
+    dealt = math.gcd(experts, chips) if experts else 1
+    for data, expert, tensor in itertools.product(dict.fromkeys((1, chips)), dict.fromkeys((1, dealt)), _TENSOR):
+        fsdp, rest = divmod(chips, data * expert * tensor)
+        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+        if fsdp and not rest and config.batch_size // config.accumulate % (chips // tensor) == 0:
+            yield sizes
 
 
 def search(
@@ -72,8 +74,9 @@ def search(
       ConfigError: the batch cannot be dealt out over so many chips.
     """
     chips = len(topology_devices(topology))
+    experts = getattr(preview.abstract_model(config, labels).config, "num_local_experts", 0)
     found = []
-    for sizes in meshes(config, chips):
+    for sizes in meshes(config, chips, experts):
         for remat in policies:
             tried = _with(config, sizes, remat)
             on_try(f"{sizes} {remat}")

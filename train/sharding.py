@@ -78,7 +78,7 @@ def share(mesh: Mesh | None, rows: int) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """A batch on its way to the devices, rows dealt out over 'data' and 'fsdp', from every process's `share`.
+    """A batch on its way to the devices, rows dealt out over the axes of `shard.ROWS`, from every process's `share`.
 
     Returns at once: the copy goes on while the devices are busy with the step before.
     """

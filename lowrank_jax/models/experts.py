@@ -18,9 +18,9 @@ class Experts(nn.Module):
     """The mixture of Mixtral of Experts (arXiv 2401.04088): a router picks the experts of a token and weighs what they make of it.
 
     An expert has a capacity, so many places for the tokens of each row of a batch: tokens move between devices only along the mesh axis
-    'expert'. A token that finds all places taken is dropped by that expert, as if it had made zero of it. With ``capacity_factor`` 0
-    there is a place for everyone, which is exact and costs as much as all experts together. There is no auxiliary loss for balance: it
-    is for training the router, which adapters leave frozen.
+    'expert', whose devices have rows of their own elsewhere. A token that finds all places taken is dropped by that expert, as if it had
+    made zero of it. With ``capacity_factor`` 0 there is a place for everyone, which is exact and costs as much as all experts together.
+    There is no auxiliary loss for balance: it is for training the router, which adapters leave frozen.
 
     Attributes:
       config: shapes. expert: the module of one expert, ``(config) -> (rows, places, hidden) -> the same``.

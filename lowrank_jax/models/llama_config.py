@@ -114,6 +114,10 @@ class LlamaConfig(ModelConfig):
             raise ModelConfigError(
                 f"LlamaConfig.capacity_factor={self.capacity_factor}: expected a multiple of an even share, or 0 for all tokens"
             )
+        if self.capacity_factor and not self.num_local_experts:
+            raise ModelConfigError(
+                f"LlamaConfig.capacity_factor={self.capacity_factor}: expected 0 for a model without experts"
+            )
         if self.head_dim is None:
             check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         if self.width % 2:

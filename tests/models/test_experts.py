@@ -60,27 +60,47 @@ def test_updates_with_experts_dealt_out_agree_with_one_device(sizes, monkeypatch
     params = random_params(config)
     layout = shard.layout(params, mesh, names=models.logical_axes(config))
     assert layout["layers"]["moe"]["experts"]["up_proj"]["kernel"].spec[1] == "expert"
-    one, many = _run(config, params, None), _run(config, jax.device_put(params, layout), mesh)
+    dealt = jax.device_put(params, layout)
+    factors = _update(config, dealt, mesh)[1]["layers/moe/experts/up_proj/kernel"]
+    assert factors["b"].sharding.spec[1] == "expert"
+    one, many = _run(config, params, None), _run(config, dealt, mesh)
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(many), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4 * max(np.abs(want).max(), 1e-3), err_msg=str(path))
 
 
+def test_devices_with_experts_have_rows_of_their_own_elsewhere():
+    config = dataclasses.replace(CONFIG, capacity_factor=1.5)
+    params, mesh = random_params(config), shard.mesh({"expert": 4, "data": 2})
+    layout = shard.layout(params, mesh, names=models.logical_axes(config))
+    one = _update(config, params, None)
+    many = _update(config, jax.device_put(params, layout), mesh)
+    one, many = (step.lower(*arguments).compile() for step, *arguments in (one, many))
+    # Nothing is computed twice: were rows dealt out over 'data' only, attention would be computed by four devices each.
+    assert many.cost_analysis()["flops"] == pytest.approx(one.cost_analysis()["flops"] / 8, rel=0.1)
+    assert "all-to-all" in many.as_text(), "tokens go to the devices of their experts and to no other"
+
+
 def _run(config, params, mesh):
-    model = models.build(config)
-    plan = lr.plan(params, {LINEAR: lr.lora(rank=2)}, sites=lr.linen.sites(model, params, TOKENS))
+    step, train, *rest = _update(config, params, mesh)
+    for _ in range(4):
+        train = step(train, *rest)
+    return jax.tree.map(np.asarray, train)
+
+
+def _update(config, params, mesh):
+    """An update and its arguments, the trained leaves first."""
+    model, tokens = models.build(config), jnp.concatenate([TOKENS, TOKENS[::-1, ::-1]])
+    plan = lr.plan(params, {LINEAR: lr.lora(rank=2)}, sites=lr.linen.sites(model, params, tokens))
     train, frozen = lr.partition(lr.init(jax.random.key(0), params, plan))
     if mesh is not None:
-        assert "expert" in train["layers/moe/experts/up_proj/kernel"]["b"].sharding.spec
+        tokens = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(shard.ROWS)))
     tx = optax.sgd(0.5)
 
-    def update(train, params, frozen):
+    def update(train, params, frozen, tokens):
         def loss(train):
-            losses = lr.linen.apply(model, params, lr.join(train, frozen), TOKENS, targets=jnp.roll(TOKENS, -1, 1))
+            losses = lr.linen.apply(model, params, lr.join(train, frozen), tokens, targets=jnp.roll(tokens, -1, 1))
             return losses.mean()
 
         return optax.apply_updates(train, tx.update(jax.grad(loss)(train), tx.init(train))[0])
 
-    step = jax.jit(update if mesh is None else sharding.within(mesh, update))
-    for _ in range(4):
-        train = step(train, params, frozen)
-    return jax.tree.map(np.asarray, train)
+    return jax.jit(update if mesh is None else sharding.within(mesh, update)), train, params, frozen, tokens
