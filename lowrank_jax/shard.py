@@ -22,9 +22,13 @@ from lowrank_jax.sites import sites as sites_of
 AXES = ("data", "fsdp", "tensor", "expert")
 ROWS = ("data", "fsdp", "expert")
 """The axes over which the rows of a batch are dealt out; within a mixture the devices of 'expert' exchange tokens instead."""
-# Megatron's division: the wide side of every projection over 'tensor', the model's width over 'fsdp'.
-RULES: Mapping[str, str] = MappingProxyType(
-    {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
+Axes = str | tuple[str, ...] | None
+"""The mesh axes over which one axis of an array is divided."""
+_WIDTH = ("fsdp", "expert")
+# Megatron's division: the wide side of every projection over 'tensor', the model's width over 'fsdp'; over 'expert' as well where the
+# weight has no experts of its own.
+RULES: Mapping[str, Axes] = MappingProxyType(
+    {"embed": _WIDTH, "vocab": "tensor", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
 )
 
 
@@ -68,19 +72,19 @@ def layout(
     mesh: Mesh,
     *,
     names: Any = None,
-    rules: Mapping[str, str] = RULES,
+    rules: Mapping[str, Axes] = RULES,
     overrides: Mapping[str, Sequence[str | None]] = MappingProxyType({}),
     sites: Mapping[str, Site] | None = None,
 ) -> Any:
     """A NamedSharding for every parameter.
 
     By names, where the model gives its axes names (`lowrank_jax.models.logical_axes`); otherwise by shape: of a matrix the longer side lies
-    over 'tensor' and the other over 'fsdp', the first axis of a stack of experts over 'expert', layers of a scan stay together, and what
-    is neither (biases, norms, small weights) is replicated. An axis that a mesh axis does not divide stays whole.
+    over 'tensor' and the other over 'fsdp' and 'expert', the first axis of a stack of experts over 'expert' instead, layers of a scan stay
+    together, and what is neither (biases, norms, small weights) is replicated. An axis that a mesh axis does not divide stays whole.
 
     Args:
       params: tree of arrays or ShapeDtypeStructs.
-      names: a tree of the same structure, one name or None an axis; None: by shape. rules: ``{name: mesh axis}``.
+      names: a tree of the same structure, one name or None an axis; None: by shape. rules: ``{name: mesh axis or axes}``.
       overrides: ``{pattern: (mesh axis or None, ...)}`` for the paths that match, one entry an axis of the weight; the later wins.
       sites: the roles of the axes, from `lowrank_jax.linen.sites` or `lowrank_jax.nnx.sites`; None: what the parameters alone tell.
 
@@ -100,6 +104,7 @@ def layout(
       P(None, 'data')
     """
     flat = flatten(params)
+    specs: dict[str, tuple[Axes, ...]]
     if names is None:
         roles = sites_of(params) if sites is None else sites
         specs = {path: _by_shape(leaf.shape, roles.get(path)) for path, leaf in flat.items()}
@@ -116,17 +121,27 @@ def layout(
     return with_leaves(params, shardings)
 
 
-def fitted(shape: Sequence[int], spec: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+def fitted(shape: Sequence[int], spec: Sequence[Axes], mesh: Mesh) -> PartitionSpec:
     """A PartitionSpec for an array of this shape, without mesh axes that do not divide it, were used before or are not the mesh's.
+
+    Of several mesh axes for one of the array's, those of size one are left out.
 
     Example:
       >>> fitted((6, 5, 4), ("fsdp", "rows", "fsdp"), mesh({"fsdp": 1}))
       P('fsdp', None, None)
+      >>> fitted((6, 4), (None, ("fsdp", "expert")), mesh({"fsdp": 1}))
+      P(None, 'fsdp')
     """
-    places: list[str | None] = []
-    for size, axis in zip(shape, spec, strict=True):
-        fits = axis in mesh.shape and axis not in places and size % mesh.shape[axis] == 0
-        places.append(axis if fits else None)
+    used: set[str] = set()
+    places: list[Axes] = []
+    for size, axes in zip(shape, spec, strict=True):
+        fit: tuple[str, ...] = ()
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis in mesh.shape and axis not in used and size % math.prod(mesh.shape[a] for a in (*fit, axis)) == 0:
+                fit += (axis,)
+        fit = tuple(axis for axis in fit if mesh.shape[axis] > 1) or fit[:1]
+        used.update(fit)
+        places.append(fit if len(fit) > 1 else next(iter(fit), None))
     return PartitionSpec(*places)
 
 
@@ -202,14 +217,14 @@ def _pinned(x: Any, *places: Sequence[str]) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in over), *free))
 
 
-def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[str | None, ...]:
-    spec: list[str | None] = [None] * len(shape)
+def _by_shape(shape: tuple[int, ...], site: Site | None) -> tuple[Axes, ...]:
+    spec: list[Axes] = [None] * len(shape)
     if site is None or site.kind == "param" or math.prod(shape) < REPLICATED_BELOW:
         return tuple(spec)
     wide, narrow = (site.outputs, site.inputs) if site.n_out >= site.n_in else (site.inputs, site.outputs)
-    spec[wide[0]], spec[narrow[0]] = "tensor", "fsdp"
+    spec[wide[0]], spec[narrow[0]] = "tensor", _WIDTH
     for axis in [axis for axis in site.batch if axis not in site.scanned][:1]:
-        spec[axis] = "expert"
+        spec[axis], spec[narrow[0]] = "expert", "fsdp"
     return tuple(spec)
 
 

@@ -62,6 +62,17 @@ def test_experts_lie_over_their_axis_and_what_does_not_divide_stays_whole():
     assert uneven["experts"]["kernel"].spec == P("expert", "fsdp", None)
 
 
+def test_what_has_no_experts_lies_over_the_axis_of_experts_too():
+    config = models.LlamaConfig.tiny(architecture="mixtral", num_local_experts=4)
+    shapes, mesh = models.param_shapes(config), shard.mesh({"expert": 4, "fsdp": 2})
+    named = shard.layout(shapes, mesh, names=models.logical_axes(config))
+    assert named["embed_tokens"]["embedding"].spec[1] == ("fsdp", "expert")
+    assert shard.layout({"up": {"kernel": jnp.ones((64, 96))}}, mesh)["up"]["kernel"].spec == P(
+        ("fsdp", "expert"), "tensor"
+    )
+    assert named["layers_0"]["moe"]["experts"]["up_proj"]["kernel"].spec == P("expert", "fsdp", "tensor")
+
+
 def test_a_pattern_overrides_and_adapters_follow():
     params = {"up": {"kernel": jnp.zeros((64, 128))}, "down": {"kernel": jnp.zeros((128, 64))}}
     mesh = shard.mesh({"fsdp": 4, "tensor": 2})
