@@ -2,12 +2,19 @@
 
 import os
 import pathlib
+import tempfile
 
 import pytest
 from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Many tests compile the same programs: the workers of a run, and the processes that tests start, share what is compiled.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="lowrank_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # XLA's threads. With one a device, its default on a small machine, devices that wait for each other can wait for ever.
 os.environ.setdefault("NPROC", "16")
 # Tests compile much and run little: leaving LLVM's slow passes out saves a third of their time.

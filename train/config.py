@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 import lowrank_jax as lr
 from lowrank_jax.quantized import KINDS
-from lowrank_jax.shard import ROWS
+from lowrank_jax.shard import AXES, ROWS
 
 TASKS = ("classification", "causal_lm")
 DTYPES = ("float32", "bfloat16")
@@ -103,7 +103,7 @@ def base() -> ml_collections.ConfigDict:
     config.max_new_tokens = 256
     config.statistics = ml_collections.ConfigDict({"batches": 8, "tuned": ""})
     config.fold = True
-    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1})
+    config.mesh = ml_collections.ConfigDict(dict.fromkeys(AXES, 1))
     return config
 
 

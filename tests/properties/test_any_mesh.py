@@ -26,11 +26,12 @@ _NAMES = st.sampled_from((None, "layers", *RULES))
 
 def _check(shape, sharding):
     sizes = sharding.mesh.shape
-    axes = [axis for axis in sharding.spec if axis is not None]
-    assert len(sharding.spec) <= len(shape) and set(axes) <= set(AXES)
+    places = [(place,) if isinstance(place, str) else place or () for place in sharding.spec]
+    axes = [axis for place in places for axis in place]
+    assert len(places) <= len(shape) and set(axes) <= set(AXES)
     assert len(axes) == len(set(axes)), "an axis is used twice"
-    for size, axis in zip(shape, sharding.spec, strict=False):
-        assert axis is None or size % sizes[axis] == 0
+    for size, place in zip(shape, places, strict=False):
+        assert size % math.prod(sizes[axis] for axis in place) == 0
     shards = math.prod(sizes[axis] for axis in axes)
     assert math.prod(sharding.shard_shape(shape)) * shards == math.prod(shape)
 

@@ -269,7 +269,7 @@ def test_missing_statistics_are_refused_before_anything_is_computed(monkeypatch)
     kept, lost = plan.entries[0].site.path, plan.entries[-1].site.path
     found = lr.collect(loss_of(model), model.params, plan, BATCHES[:1], progress=False)
     some = lr.Statistics({"gradient": {kept: found.values["gradient"][kept]}}, found.fingerprints, 1)
-    monkeypatch.setattr("lowrank_jax.adapters._maker", None)  # computing anything would raise a TypeError
+    monkeypatch.setattr("lowrank_jax.initialisation._maker", None)  # computing anything would raise a TypeError
     with pytest.raises(
         ValueError, match=f"{lost}: its gradient was not collected .the nearest is {kept}.*lowrank_jax.collect"
     ):

@@ -72,6 +72,12 @@ class Processes:
             time.sleep(0.01)
         raise AssertionError(self.text())
 
+    def saved(self, step: int) -> None:
+        """Returns once the checkpoint of a step, which is written in the background, is whole."""
+        while not (self.metrics.parent / "checkpoints" / str(step)).is_dir():
+            assert all(process.poll() is None for process in self.all), self.text()
+            time.sleep(0.01)
+
     def statuses(self, seconds: float = 300) -> list[int]:
         """The exit statuses of all; whatever is left after some seconds is killed, and the test fails."""
         ends = time.monotonic() + seconds
@@ -162,6 +168,7 @@ def test_one_of_four_is_killed_and_two_go_on_elsewhere(place):
     step, index, delay = dice.randint(4, EARLY), dice.randrange(4), dice.random() / 2
     processes = Processes(place, "killed", 4, 1, data=2, tensor=2)
     processes.after(step)
+    processes.saved(4)
     time.sleep(delay)
     processes.all[index].kill()
     statuses = processes.statuses(BOUND)

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from lowrank_jax.shard import AXES
 from train.config import DTYPES, ConfigError, check_mesh, require
 from train.pretraining.methods import METHODS
 
@@ -48,7 +49,7 @@ def base() -> ml_collections.ConfigDict:
     config.learning_rate, config.warmup, config.decay, config.final = 1e-3, 0.1, "cosine", 0.1
     config.weight_decay, config.b1, config.b2, config.eps, config.clip = 0.0, 0.9, 0.999, 1e-8, 0.0
     config.log_every, config.eval_every, config.checkpoint_every, config.keep = 10, 0, 0, 2
-    config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    config.mesh = ml_collections.ConfigDict(dict.fromkeys(AXES, 1))
     return config
 
 
