@@ -57,39 +57,34 @@ def timed(call: Callable[..., Any], g: jax.Array, runs: int) -> tuple[Any, float
     return result, statistics.median(times)
 
 
-def basis(factors: tuple[jax.Array, ...], rank: int, shape: tuple[int, ...]) -> jax.Array:
-    """The leading directions of the shorter side, the one that is projected."""
-    u, _, vt = factors
-    return u[..., :rank] if shape[-2] <= shape[-1] else jnp.swapaxes(vt[..., :rank, :], -1, -2)
-
-
 @jax.jit
 def energy(g: jax.Array, directions: jax.Array) -> jax.Array:
-    """``[layers]``: squares of the coordinates of ``g`` in a subspace of its shorter side."""
-    g = jnp.swapaxes(g, -1, -2) if g.shape[-2] > g.shape[-1] else g
+    """``[layers]``: squares of the coordinates of ``g`` in a subspace of its rows' axis."""
     return (jnp.matmul(jnp.swapaxes(directions, -1, -2), g, precision="highest") ** 2).sum((-2, -1))
 
 
 def compare(path: str, g: jax.Array, ranks: list[int], runs: int) -> list[dict[str, Any]]:
     """A row for each rank of one stack of gradients."""
-    whole, exact = timed(lambda g: linalg.svd(g, min(g.shape[-2:]), method="exact"), g, max(1, runs // 3))
+    shape = g.shape[-2:]
+    g = jnp.swapaxes(g, -1, -2) if shape[0] > shape[1] else g  # The shorter side is the one that is projected.
+    (whole, _, _), exact = timed(lambda g: linalg.svd(g, min(shape), method="exact"), g, max(1, runs // 3))
     rows = []
     for rank in ranks:
-        best = energy(g, basis(whole, rank, g.shape))
+        best = energy(g, whole[..., :rank])
 
-        def find(g: jax.Array, iterations: int, rank: int = rank) -> tuple[jax.Array, ...]:
-            return linalg.svd(g, rank, key=jax.random.key(1), power_iterations=iterations)
+        def find(g: jax.Array, iterations: int, rank: int = rank) -> jax.Array:
+            return linalg.directions(jax.random.key(1), g, rank, power_iterations=iterations)
 
-        def share(factors: tuple[jax.Array, ...], rank: int = rank, best: jax.Array = best) -> jax.Array:
-            return energy(g, basis(factors, rank, g.shape)) / best
+        def share(found: jax.Array, best: jax.Array = best) -> jax.Array:
+            return energy(g, found) / best
 
-        factors, seconds = timed(lambda g: find(g, REFRESH_ITERATIONS), g, runs)
-        shares = share(factors)
+        found, seconds = timed(lambda g: find(g, REFRESH_ITERATIONS), g, runs)
+        shares = share(found)
         tried = (n for n in range(MOST_ITERATIONS + 1) if share(jax.jit(find, static_argnums=1)(g, n)).min() >= ENERGY)
         enough = next(tried, None)
         at_goal = None if enough is None else timed(lambda g, n=enough, find=find: find(g, n), g, runs)[1]
         rows.append({
-            "weight": path.removesuffix("/kernel"), "shape": g.shape[-2:], "layers": g.shape[0], "rank": rank,
+            "weight": path.removesuffix("/kernel"), "shape": shape, "layers": g.shape[0], "rank": rank,
             "exact_seconds": exact, "randomized_seconds": seconds, "faster": exact / seconds, "energy_worst": float(shares.min()),
             "energy_mean": float(shares.mean()), "held_by_exact": float((best / (g**2).sum((-2, -1))).mean()),
             "iterations_enough": enough, "faster_with_enough": None if at_goal is None else exact / at_goal,

@@ -3,9 +3,9 @@
 GaLore (arXiv 2403.03507) updates ``W`` by ``P inner(P^T G)``. The gradient of the adapter ``x W + x P r`` with respect to ``r`` is
 ``P^T G`` itself, so training ``r`` with the same optimizer is the same training, and the dense gradient need not exist; that is known. A
 refresh needs the leading singular directions of ``G``. A randomized range finder asks for products ``G Omega`` and ``Q^T G`` only, and
-these are gradients of adapters too: of ``x W + x r Omega^T`` and of ``x W + x Q r``. So a refresh is ``2 * power_iterations + 2`` backward
-passes on one batch, for all weights at once, in the memory of a LoRA of rank ``rank + oversample``. Finding the subspace in this way is
-ours, not the paper's; the subspace is the paper's.
+these are gradients of adapters too: of ``x W + x r Omega^T`` and of ``x W + x Q r``. So a refresh is ``2 * power_iterations + 1`` backward
+passes (one more where both sides are projected) on one batch, for all weights at once, in the memory of a LoRA of rank
+``rank + oversample``. Finding the subspace in this way is ours, not the paper's; the subspace is the paper's.
 
     plan = lr.plan(params, {".*/(attention|mlp)/.*": lr.subspace_update(rank=128)})
     refresh = jax.jit(lr.dual_galore.refresher(loss), donate_argnums=(0, 1))
@@ -78,26 +78,24 @@ def subspaces(
       ``{path: Bases}``, float32.
     """
     own = _own(adapters)
+    both = [entry.site.path for entry in own if all(sides(_side(entry), entry.local.n_in, entry.local.n_out))]
     far: dict[str, jax.Array] = {}
     for n, entry in enumerate(own):
         rank, site = _width(entry, oversample), entry.local
         size = site.n_out if _sought(entry) else site.n_in
         far[entry.site.path] = jax.random.normal(jax.random.fold_in(key, n), (size, rank))
         far[entry.site.path] = jnp.broadcast_to(far[entry.site.path], (*site.batch_shape, size, rank))
-    near = _qr(_products(loss, params, adapters, batch, far, opposite=True))
+    near = _products(loss, params, adapters, batch, far, opposite=True)
     for _ in range(power_iterations):
-        far = _qr(_products(loss, params, adapters, batch, near, opposite=False))
-        near = _qr(_products(loss, params, adapters, batch, far, opposite=True))
-    far = _products(loss, params, adapters, batch, near, opposite=False)
+        far = _products(loss, params, adapters, batch, _orthonormal(near), opposite=False)
+        near = _products(loss, params, adapters, batch, _orthonormal(far), opposite=True)
+    near = {entry.site.path: linalg.strongest(near[entry.site.path], _rank(entry)) for entry in own}
+    far = _products(loss, params, adapters, batch, {path: near[path] for path in both}, opposite=False) if both else {}
     found = {}
     for entry in own:
-        path, rank = entry.site.path, _rank(entry)
-        u, s, vt = linalg.svd_within(near[path], far[path])
-        if not _sought(entry):
-            u, vt = jnp.swapaxes(vt, -1, -2), jnp.swapaxes(u, -1, -2)
-        u, s, vt = linalg.fix_signs(u[..., :rank], s[..., :rank], vt[..., :rank, :])
-        inputs, outputs = sides(_side(entry), entry.local.n_in, entry.local.n_out)
-        found[path] = Bases(u if inputs else None, jnp.swapaxes(vt, -1, -2) if outputs else None)
+        path = entry.site.path
+        other = linalg.strongest(far[path], _rank(entry)) if path in both else None
+        found[path] = Bases(near[path], other) if _sought(entry) else Bases(other, near[path])
     return found
 
 
@@ -154,8 +152,8 @@ def _products(
     return out
 
 
-def _qr(matrices: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: linalg.qr(x)[0] for path, x in matrices.items()}
+def _orthonormal(matrices: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: linalg.orthonormal(x) for path, x in matrices.items()}
 
 
 def _own(adapters: Adapters) -> list[Entry]:

@@ -54,6 +54,53 @@ def test_orthonormal_and_as_good_as_exact(spectrum, shape, method):
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, -1e-22, 1e22])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_directions_hold_what_the_exact_ones_do(spectrum, shape, scale):
+    rank, w = 12, with_spectrum(SPECTRA[spectrum](min(shape)), *shape)
+    q = np.asarray(linalg.directions(KEY, jnp.asarray(w) * scale, rank))
+    np.testing.assert_allclose(q.T @ q, np.eye(rank), atol=1e-5)
+    held = np.sum((q.T @ w).astype(np.float64) ** 2)
+    best = np.sum(np.linalg.svd(w.astype(np.float64), compute_uv=False)[:rank] ** 2)
+    assert 0.99 * best <= held <= (1 + 1e-5) * best
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_directions_are_the_singular_vectors_where_those_are_apart(shape):
+    """Stacked kernels, each its own; signs too, as moments are kept over a refresh."""
+    w = np.stack([with_spectrum(0.6 ** np.arange(40), *shape, seed=n) for n in range(3)])
+    found = np.asarray(linalg.directions(KEY, jnp.asarray(w), 5))
+    want = np.linalg.svd(w.astype(np.float64))[0][..., :5]
+    largest = np.take_along_axis(want, np.abs(want).argmax(-2, keepdims=True), -2)
+    np.testing.assert_allclose(found, want * np.sign(largest), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, -1e-22, 1e22])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_orthonormal_columns_span_the_same(spectrum, scale):
+    w = with_spectrum(SPECTRA[spectrum](40), 150, 40)
+    q = np.asarray(linalg.orthonormal(jnp.asarray(w) * scale))
+    np.testing.assert_allclose(q.T @ q, np.eye(40), atol=1e-5)
+    np.testing.assert_allclose(q @ (q.T @ w), w, atol=1e-4)
+
+
+@pytest.mark.parametrize("deficient", ["zero", "one column zero", "columns equal", "square of rank 1"])
+def test_orthonormal_whatever_the_rank(deficient):
+    x = np.array(np.random.default_rng(0).normal(size=(2, 8, 8) if deficient.startswith("square") else (2, 30, 8)), "f")
+    if deficient == "one column zero":
+        x[:, :, 3] = 0
+    else:
+        x[0] = {
+            "zero": 0 * x[0],
+            "columns equal": x[0, :, :1] + 0 * x[0],
+            "square of rank 1": np.outer(x[0, 0], x[0, 1]),
+        }[deficient]
+    q = np.asarray(linalg.orthonormal(jnp.asarray(x)))
+    np.testing.assert_allclose(np.swapaxes(q, -1, -2) @ q, np.stack([np.eye(8)] * 2), atol=1e-5)
+    np.testing.assert_allclose(q @ (np.swapaxes(q, -1, -2) @ x), x, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_separated_directions_are_found_to_rounding(shape):
     s = np.concatenate([np.array([9.0, 7.0, 5.0, 4.0]), np.full(60, 0.5)])
@@ -144,8 +191,9 @@ def test_captured_energy_tells_a_flat_spectrum_from_a_concentrated_one():
 @pytest.mark.parametrize("call", [
     lambda w, r: linalg.svd(w, r, key=KEY),
     lambda w, r: linalg.range_finder(KEY, w, r),
+    lambda w, r: linalg.directions(KEY, w, r),
     linalg.captured_energy,
-], ids=["svd", "range_finder", "captured_energy"])  # fmt: skip
+], ids=["svd", "range_finder", "directions", "captured_energy"])  # fmt: skip
 @pytest.mark.parametrize("rank", [0, 9])
 def test_a_rank_out_of_range(call, rank):
     with pytest.raises(ValueError, match=rf"Rank {rank} is out of range .*expected 1 to 8"):

@@ -89,6 +89,9 @@ def leading(
 ) -> Bases:
     """The leading singular directions of ``g [*batch, n_in, n_out]`` on the chosen side, decomposed in float32.
 
+    Strongest first, the entry of largest magnitude in each column positive: a moment kept over a refresh keeps its sign where directions
+    hardly moved.
+
     Args:
       rank: at most the smaller dimension. key, power_iterations: of ``randomized``.
 
@@ -98,8 +101,13 @@ def leading(
       [[0.0], [1.0]]
     """
     inputs, outputs = sides(side, *g.shape[-2:])
-    u, _, vt = linalg.svd(g, rank, key=key, method=method, power_iterations=power_iterations)
-    return Bases(u if inputs else None, jnp.swapaxes(vt, -1, -2) if outputs else None)
+    if method == "randomized":
+        flipped = jnp.swapaxes(g, -1, -2)
+        seek = lambda g: linalg.directions(key, g, rank, power_iterations=power_iterations)  # noqa: E731
+        return Bases(seek(g) if inputs else None, seek(flipped) if outputs else None)
+    u, _, vt = linalg.svd(g, rank, method=method)
+    v = jnp.swapaxes(vt, -1, -2)
+    return Bases(u if inputs else None, v * linalg.signs(v) if outputs else None)
 
 
 def project(g: jax.Array, bases: Bases) -> jax.Array:
