@@ -97,7 +97,7 @@ def leading(
 
     Example:
       >>> g = jnp.diag(jnp.array([1.0, 3.0]))
-      >>> leading(g, 1, "input", jax.random.key(0)).inputs.tolist()
+      >>> leading(g, 1, "input", jax.random.key(0)).inputs.round(2).tolist()
       [[0.0], [1.0]]
     """
     inputs, outputs = sides(side, *g.shape[-2:])
