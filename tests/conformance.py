@@ -111,7 +111,7 @@ def trains_what_it_says(case: Case) -> None:
     assert {(p, n) for p, leaves in train.items() for n in leaves if not p.startswith("shared:")} == trainable
     if case.kind == "mixed":
         _agrees_with_reference(case)
-    state = case.optimizer.init(train)
+    state = case.start(train)
     reached = jax.tree.map(lambda x: np.zeros(_layers(x), bool), train)
     for n in range(STEPS):
         train, state, loss, gradient = case.step(train, frozen, params, state)
@@ -134,7 +134,7 @@ def trains_what_it_says(case: Case) -> None:
 
 def _agrees_with_reference(case: Case) -> None:
     train, frozen = lr.partition(case.moved())
-    _, _, loss, gradient = case.step(train, frozen, case.model.params, case.optimizer.init(train))
+    _, _, loss, gradient = case.step(train, frozen, case.model.params, case.start(train))
     expected_loss, own, shared = _reference(case.row, case.layout == "bf16")
     # The dense route rounds its weight to the stored dtype, and the gradient on its way back.
     tolerance = TOLERANCE if _factored(case) or case.layout != "bf16" else 2.0**-7
@@ -294,7 +294,7 @@ def _reference(row: Row, rounded: bool) -> tuple[float, dict[str, Any], dict[str
     if rounded:
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
     train, frozen = lr.partition(case.moved())
-    _, _, loss, gradient = case.step(train, frozen, params, case.optimizer.init(train))
+    _, _, loss, gradient = case.step(train, frozen, params, case.start(train))
     shared = {path: leaves for path, leaves in gradient.items() if path.startswith("shared:")}
     return float(loss), {path: leaves for path, leaves in gradient.items() if path not in shared}, shared
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from conformance_methods import METHODS
-from conformance_models import BRIDGES, KINDS, LAYOUTS, Model, build
+from conformance_models import BRIDGES, KINDS, LAYOUTS, Model, build, mesh_of
 from conformance_row import Row
 
 import lowrank_jax as lr
 from lowrank_jax.sites import flatten
+from train.sharding import spread
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.row.name}-{self.bridge}-{self.kind}-{self.layout}"
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        return mesh_of(self.devices) if self.layout == "mesh" else None
 
     @functools.cached_property
     def model(self) -> Model:
@@ -84,6 +89,10 @@ class Case:
     def optimizer(self) -> optax.GradientTransformation:
         return lr.optim.with_methods(optax.adamw(1e-2, weight_decay=0.1), self.plan, total_steps=10)
 
+    def start(self, train: Any, optimizer: optax.GradientTransformation | None = None) -> Any:
+        """The optimizer's state, on the mesh from the start: where it came there by the first update, the second would compile again."""
+        return spread((optimizer or self.optimizer).init(train), self.mesh)
+
     def task_loss(self, train: Any, frozen: lr.Adapters, params: Any) -> jax.Array:
         y = self.model.apply(params, lr.join(train, frozen), *self.model.args, **self.signals)
         return jnp.mean((y - _target(y.shape)) ** 2)
@@ -106,8 +115,8 @@ class Case:
             return optax.apply_updates(train, updates), state, loss, gradient
 
         train, _ = lr.partition(self.adapters)
-        pinned = jax.tree.map(lambda x: x.sharding, train) if self.layout == "mesh" else None
-        return jax.jit(step, out_shardings=(pinned, None, None, pinned))
+        laid = lambda tree: jax.tree.map(lambda x: x.sharding, tree) if self.layout == "mesh" else None  # noqa: E731
+        return jax.jit(step, out_shardings=(laid(train), laid(self.start(train)), None, laid(train)))
 
 
 case_of = functools.cache(Case)

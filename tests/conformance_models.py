@@ -162,6 +162,11 @@ def canonical_params(kind: str) -> dict[str, jax.Array]:
     return {p: jnp.asarray(scale(s.shape) * random.standard_normal(s.shape), jnp.float32) for p, s in shapes.items()}
 
 
+def mesh_of(devices: tuple[int, int, int]) -> jax.sharding.Mesh:
+    """So many devices along data, fsdp and tensor."""
+    return shard.mesh(dict(zip(("data", "fsdp", "tensor"), devices, strict=True)))
+
+
 @functools.cache
 def build(bridge: str, kind: str, layout: str = "plain", devices: tuple[int, int, int] = (2, 2, 2)) -> Model:
     """The model of a kind in a layout through a bridge, with the canonical weights; ``devices``: along the axes of the mesh."""
@@ -171,7 +176,7 @@ def build(bridge: str, kind: str, layout: str = "plain", devices: tuple[int, int
     if layout == "bf16":
         flat = {path: leaf.astype(jnp.bfloat16) for path, leaf in flat.items()}
     if layout == "mesh":
-        mesh = shard.mesh(dict(zip(("data", "fsdp", "tensor"), devices, strict=True)))
+        mesh = mesh_of(devices)
         lay_out = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, shard.fitted(leaf.shape, spec, mesh)))  # noqa: E731
         flat = {p: lay_out(leaf, SPECS.get(p, (None,) * leaf.ndim)) for p, leaf in flat.items()}
         args = tuple(lay_out(x, ("data", *(None,) * (x.ndim - 1))) for x in args)

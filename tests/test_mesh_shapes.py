@@ -59,15 +59,15 @@ def _run(row, sizes):
     tx = lr.optim.with_methods(optax.adamw(1e-2, eps=1e-3, weight_decay=0.1), case.plan, total_steps=STEPS)
     assert case.signals is not None  # made here, not inside the trace
     (train, frozen), losses = lr.partition(case.moved()), []
-    state = tx.init(train)
+    state = case.start(train, tx)
 
     def step(train, state, frozen, params):
         loss, gradient = jax.value_and_grad(case.loss)(train, frozen, params)
         updates, state = tx.update(gradient, state, train)
         return optax.apply_updates(train, updates), state, loss
 
-    pinned = None if sizes is None else jax.tree.map(lambda x: x.sharding, train)
-    step = jax.jit(step, out_shardings=(pinned, None, None))
+    pinned, of_state = (None if sizes is None else jax.tree.map(lambda x: x.sharding, tree) for tree in (train, state))
+    step = jax.jit(step, out_shardings=(pinned, of_state, None))
     for _ in range(STEPS):
         train, state, loss = step(train, state, frozen, case.model.params)
         losses.append(float(loss))
