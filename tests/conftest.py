@@ -17,11 +17,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # XLA's threads. With one a device, its default on a small machine, devices that wait for each other can wait for ever.
 os.environ.setdefault("NPROC", "16")
-# Tests compile much and run little: leaving LLVM's slow passes out saves a third of their time.
+# Tests compile much and run little: leaving LLVM's slow passes out saves a third of their time, the emitters by MLIR another.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",  # the workers fill the cores already
 )
 _missing = [flag for flag in _FLAGS if flag not in os.environ.get("XLA_FLAGS", "")]
