@@ -52,9 +52,9 @@ def range_finder(
     w = _widen(w)
     m, n = w.shape[-2:]
     width = min(rank + oversample, m, n)
-    q = orthonormal(_matmul(w, jax.random.normal(key, (n, width), w.dtype)))
+    q = qr(_matmul(w, jax.random.normal(key, (n, width), w.dtype)))[0]
     for _ in range(power_iterations):
-        q = orthonormal(_matmul(w, orthonormal(_matmul(_t(w), q))))
+        q = qr(_matmul(w, qr(_matmul(_t(w), q))[0]))[0]
     return q
 
 
@@ -92,7 +92,7 @@ def directions(
     seen = _matmul(w, jax.random.normal(key, (n, min(rank + oversample, m, n)), w.dtype))
     for _ in range(power_iterations):
         # One pass: columns near enough to orthogonal that rounding in the next product does not lose the weaker ones.
-        seen = _matmul(w, _cholesky_qr(_of_order_one(_matmul(_t(w), seen)), _SHIFT))
+        seen = _matmul(w, _cholesky_qr(_of_order_one(_matmul(_t(w), seen))))
     return strongest(seen, rank)
 
 
@@ -113,8 +113,8 @@ def strongest(seen: jax.Array, rank: int) -> jax.Array:
 def orthonormal(x: jax.Array) -> jax.Array:
     """Orthonormal columns that span those of ``x [..., m, k]``, ``m >= k``, whatever the rank of ``x``.
 
-    By shifted CholeskyQR3 (Fukaya et al., arXiv 1809.11085): products of tall matrices and decompositions of ``[k, k]`` only, so several
-    times faster than Householder's QR, and rows that are divided over a mesh stay where they are.
+    By shifted Cholesky QR (Fukaya et al., arXiv 1809.11085): products of tall matrices and decompositions of ``[k, k]`` only, so several
+    times faster than Householder's QR, and rows that are divided over a mesh stay where they are. The span is that of ``x`` to some 1e-6.
 
     Example:
       >>> print(orthonormal(jnp.zeros((3, 2))))
@@ -126,20 +126,23 @@ def orthonormal(x: jax.Array) -> jax.Array:
     x = _of_order_one(x)
     # What is added makes up the columns that x is short of.
     size = jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
-    x = x + jnp.where(size > 0, _SHIFT * size, 1) * jnp.eye(m, k, dtype=x.dtype)
-    for shift in (_SHIFT, 0, 0):
-        x = _cholesky_qr(x, shift)
-    return x
+    x = x + jnp.where(size > 0, 1e-6 * size, 1) * jnp.eye(m, k, dtype=x.dtype)
+    for _ in range(4):
+        x = _cholesky_qr(x)
+    return _cholesky_qr(x, shift=False)
 
 
-_SHIFT = 1e-6
+def _cholesky_qr(x: jax.Array, shift: bool = True) -> jax.Array:
+    """One pass: the columns of ``x`` turned into nearly orthogonal ones; of the weakest combinations only a hundredfold stronger.
 
-
-def _cholesky_qr(x: jax.Array, shift: float) -> jax.Array:
-    """One pass: the columns of ``x`` turned into nearly orthogonal ones, those far weaker than ``shift`` of the strongest left weak."""
+    Without the shift in full, for columns that are nearly orthogonal already: rounding makes the Gram matrix of others indefinite.
+    """
+    k = x.shape[-1]
     gram = _matmul(_t(x), x)
-    floor = shift * jnp.trace(gram, axis1=-2, axis2=-1) + jnp.finfo(x.dtype).tiny ** 0.5
-    gram += floor[..., None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)
+    if shift:
+        norm = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)  # at least the largest eigenvalue
+        above_rounding = 4 * jnp.finfo(x.dtype).eps * k**0.5 * norm + jnp.finfo(x.dtype).tiny ** 0.5
+        gram += above_rounding[..., None, None] * jnp.eye(k, dtype=x.dtype)
     return _matmul(x, _t(each(_inverse_root, gram)))
 
 

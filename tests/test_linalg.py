@@ -101,6 +101,22 @@ def test_orthonormal_whatever_the_rank(deficient):
     np.testing.assert_allclose(q @ (np.swapaxes(q, -1, -2) @ x), x, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3, 60, 136])
+@pytest.mark.parametrize("m", [136, 600])
+def test_many_columns_of_little_rank(m, rank):
+    """Gram matrices that rounding makes indefinite."""
+    random = np.random.default_rng(rank)
+    x = np.stack([random.normal(size=(m, rank)) @ random.normal(size=(rank, 136)) for _ in range(20)]).astype("f")
+    x[10:, :, ::3] = 0
+    for q in (
+        linalg.orthonormal(jnp.asarray(x)),
+        linalg.directions(KEY, jnp.asarray(x), 120),
+        linalg.strongest(jnp.asarray(x), 120),
+    ):
+        gram = np.swapaxes(q, -1, -2) @ np.asarray(q)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(q.shape[-1]), gram.shape), atol=2e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_separated_directions_are_found_to_rounding(shape):
     s = np.concatenate([np.array([9.0, 7.0, 5.0, 4.0]), np.full(60, 0.5)])

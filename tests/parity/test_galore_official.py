@@ -16,15 +16,18 @@ SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16)}  # [n_in, n_ou
 
 @pytest.fixture(autouse=True)
 def signs(monkeypatch):
-    """A singular vector's sign is anybody's choice, and old moments notice it after a refresh: torch is made to choose as we do."""
+    """A singular vector's sign is anybody's choice, and old moments notice it after a refresh: torch is made to choose as we do.
+
+    On each side for itself: one side only is projected on.
+    """
     plain = torch.linalg.svd
 
     def signed(x, full_matrices=True):
         u, s, vh = plain(x, full_matrices=False)
-        # Their weight is ours transposed, so what we call u is their v.
-        largest = vh.abs().argmax(1, keepdim=True)
-        sign = torch.where(vh.gather(1, largest) < 0, -1.0, 1.0)
-        return u * sign.T, s, vh * sign
+        return positive(u.T).T, s, positive(vh)
+
+    def positive(rows):
+        return rows * torch.where(rows.gather(1, rows.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
 
     monkeypatch.setattr(torch.linalg, "svd", signed)
 
