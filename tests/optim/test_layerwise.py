@@ -22,7 +22,8 @@ OPTIMIZERS = {
     "adamw": ADAM,
     "galore": optax.chain(galore(optax.scale_by_adam(eps=1e-3), 3, refresh_every=2, svd="exact"), *AFTER),
     "8-bit": optax.chain(scale_by_adam_8bit(eps=1e-3, min_size=1, block=64), *AFTER),
-    "8-bit galore": optax.chain(galore(scale_by_adam_8bit(eps=1e-3, min_size=1, block=32), 3), *AFTER),
+    # Exact: where two programs find subspaces that differ in their last bits, moments near a boundary take other codes.
+    "8-bit galore": optax.chain(galore(scale_by_adam_8bit(eps=1e-3, min_size=1, block=32), 3, svd="exact"), *AFTER),
 }
 
 
