@@ -89,12 +89,12 @@ def subspaces(
     for _ in range(power_iterations):
         far = _products(loss, params, adapters, batch, _orthonormal(near), opposite=False)
         near = _products(loss, params, adapters, batch, _orthonormal(far), opposite=True)
-    near = {entry.site.path: linalg.strongest(near[entry.site.path], _rank(entry)) for entry in own}
+    near = {entry.site.path: linalg.left_singular_vectors(near[entry.site.path], _rank(entry)) for entry in own}
     far = _products(loss, params, adapters, batch, {path: near[path] for path in both}, opposite=False) if both else {}
     found = {}
     for entry in own:
         path = entry.site.path
-        other = linalg.strongest(far[path], _rank(entry)) if path in both else None
+        other = linalg.left_singular_vectors(far[path], _rank(entry)) if path in both else None
         found[path] = Bases(near[path], other) if _sought(entry) else Bases(other, near[path])
     return found
 

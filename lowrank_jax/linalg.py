@@ -1,7 +1,7 @@
 """Truncated singular value decompositions and spectra of kernels, batched over leading axes.
 
 The randomised decomposition follows "Finding structure with randomness" (Halko, Martinsson, Tropp,
-arXiv 0909.4061): sketch the range, refine it by subspace iteration, orthonormal after every product, decompose
+arXiv 0909.4061): sketch the range, refine it by subspace iteration with an orthonormal basis after every product, decompose
 the small projection.
 """
 
@@ -50,34 +50,26 @@ def range_finder(
     """
     _check_rank(w, rank)
     w = _widen(w)
-    m, n = w.shape[-2:]
-    width = min(rank + oversample, m, n)
-    q = qr(_matmul(w, jax.random.normal(key, (n, width), w.dtype)))[0]
+    q = qr(_sketched(key, w, rank + oversample))[0]
     for _ in range(power_iterations):
         q = qr(_matmul(w, qr(_matmul(_t(w), q))[0]))[0]
     return q
 
 
-def directions(
-    key: jax.Array,
-    w: jax.Array,
-    rank: int,
-    oversample: int = OVERSAMPLE,
-    power_iterations: int = POWER_ITERATIONS,
-) -> jax.Array:
-    """An orthonormal basis of the leading ``rank`` left singular directions, where the directions alone are wanted.
+def directions(key: jax.Array, w: jax.Array, rank: int, power_iterations: int = POWER_ITERATIONS) -> jax.Array:
+    """The leading ``rank`` left singular vectors, where no singular values are wanted.
 
-    Made of products with ``w`` and of decompositions of matrices as small as ``rank + oversample`` on both sides: a fraction of what `svd`
-    costs for a matrix of some hundred columns. Directions a thousand times weaker than the first may be missed.
+    Subspace iteration as in `range_finder`, with `orthonormal` in place of QR and no last decomposition of a projection: a fraction of what
+    `svd` costs for a matrix of some hundred columns. Directions a thousand times weaker than the first may be missed.
 
     Args:
-      key, w, rank, oversample, power_iterations: as of `range_finder`.
+      key, w, rank, power_iterations: as of `range_finder`.
 
     Returns:
-      ``[..., m, rank]``, in float32 (float64 for a float64 input), the stronger directions first, signs as `fix_signs`.
+      ``[..., m, rank]``, orthonormal columns, as `left_singular_vectors`.
 
     Raises:
-      ValueError: as `range_finder`.
+      ValueError: if ``rank`` is not between 1 and ``min(m, n)``.
 
     Example:
       >>> q = directions(jax.random.key(0), jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)
@@ -88,33 +80,53 @@ def directions(
     """
     _check_rank(w, rank)
     w = _of_order_one(_widen(w))
-    m, n = w.shape[-2:]
-    seen = _matmul(w, jax.random.normal(key, (n, min(rank + oversample, m, n)), w.dtype))
+    seen = _sketched(key, w, rank + OVERSAMPLE)
     for _ in range(power_iterations):
         # One pass: columns near enough to orthogonal that rounding in the next product does not lose the weaker ones.
         seen = _matmul(w, _cholesky_qr(_of_order_one(_matmul(_t(w), seen))))
-    return strongest(seen, rank)
+    return left_singular_vectors(seen, rank)
 
 
-def strongest(seen: jax.Array, rank: int) -> jax.Array:
-    """The leading ``rank`` left singular vectors of ``seen [..., m, k]``, for a small ``k``; signs as `fix_signs`.
+def left_singular_vectors(x: jax.Array, rank: int) -> jax.Array:
+    """The leading ``rank`` left singular vectors of a matrix of few columns, by its Gram matrix.
+
+    Args:
+      x: ``[..., m, k]``, any real dtype. rank: between 1 and ``min(m, k)``.
+
+    Returns:
+      ``[..., m, rank]`` in float32 (float64 for a float64 input), the stronger first, the entry of largest magnitude in each column
+      positive.
+
+    Raises:
+      ValueError: if ``rank`` is out of range.
 
     Example:
-      >>> print(strongest(jnp.array([[1.0, 0.0], [0.0, 3.0]]), 1).round(2))
+      >>> print(left_singular_vectors(jnp.array([[1.0, 0.0], [0.0, 3.0]]), 1).round(2))
       [[0.]
        [1.]]
     """
-    seen = _of_order_one(seen)
-    turned = each(lambda gram: jnp.linalg.eigh(gram)[1], _matmul(_t(seen), seen))
-    found = orthonormal(_matmul(seen, turned[..., ::-1][..., :rank]))
+    _check_rank(x, rank)
+    x = _of_order_one(_widen(x))
+    turned = each(lambda gram: jnp.linalg.eigh(gram)[1], _matmul(_t(x), x))
+    found = orthonormal(_matmul(x, turned[..., ::-1][..., :rank]))
     return found * signs(found)
 
 
 def orthonormal(x: jax.Array) -> jax.Array:
-    """Orthonormal columns that span those of ``x [..., m, k]``, ``m >= k``, whatever the rank of ``x``.
+    """Orthonormal columns that span those of a matrix, whatever its rank.
 
-    By shifted Cholesky QR (Fukaya et al., arXiv 1809.11085): products of tall matrices and decompositions of ``[k, k]`` only, so several
-    times faster than Householder's QR, and rows that are divided over a mesh stay where they are. The span is that of ``x`` to some 1e-6.
+    By "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices" (arXiv 1809.11085): products of tall matrices
+    and decompositions of ``[k, k]`` only, so several times faster than Householder's QR, and rows that are divided over a mesh stay
+    where they are.
+
+    Args:
+      x: ``[..., m, k]``, float32 or float64, ``m >= k``.
+
+    Returns:
+      As ``x``. The span is that of ``x`` to some 1e-6; what ``x`` is short of is made up.
+
+    Raises:
+      ValueError: if there are more columns than rows.
 
     Example:
       >>> print(orthonormal(jnp.zeros((3, 2))))
@@ -123,8 +135,9 @@ def orthonormal(x: jax.Array) -> jax.Array:
        [0. 0.]]
     """
     m, k = x.shape[-2:]
+    if k > m:
+        raise ValueError(f"A matrix of {m} rows has at most {m} orthonormal columns, not {k}: transpose it.")
     x = _of_order_one(x)
-    # What is added makes up the columns that x is short of.
     size = jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
     x = x + jnp.where(size > 0, 1e-6 * size, 1) * jnp.eye(m, k, dtype=x.dtype)
     for _ in range(4):
@@ -143,7 +156,13 @@ def _cholesky_qr(x: jax.Array, shift: bool = True) -> jax.Array:
         norm = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)  # at least the largest eigenvalue
         above_rounding = 4 * jnp.finfo(x.dtype).eps * k**0.5 * norm + jnp.finfo(x.dtype).tiny ** 0.5
         gram += above_rounding[..., None, None] * jnp.eye(k, dtype=x.dtype)
-    return _matmul(x, _t(each(_inverse_root, gram)))
+    return _matmul(x, _t(each(_inverse_cholesky, gram)))
+
+
+def _sketched(key: jax.Array, w: jax.Array, width: int) -> jax.Array:
+    """``w`` times a random matrix of so many columns, at most the smaller dimension of ``w``."""
+    m, n = w.shape[-2:]
+    return _matmul(w, jax.random.normal(key, (n, min(width, m, n)), w.dtype))
 
 
 def _of_order_one(x: jax.Array) -> jax.Array:
@@ -152,8 +171,7 @@ def _of_order_one(x: jax.Array) -> jax.Array:
     return x / jnp.where(largest > 0, largest, 1)
 
 
-def _inverse_root(gram: jax.Array) -> jax.Array:
-    """The inverse of its Cholesky factor."""
+def _inverse_cholesky(gram: jax.Array) -> jax.Array:
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     return jax.lax.linalg.triangular_solve(jnp.linalg.cholesky(gram), eye, left_side=True, lower=True)
 
@@ -207,10 +225,14 @@ def svd(
         flip = w.shape[-2] > w.shape[-1]
         long = _t(w) if flip else w
         q = range_finder(key, long, rank, oversample, power_iterations)
-        u, s, vt = svd_within(q, _matmul(_t(long), q))
+        # long^T q = v_basis r, so q q^T long = q r^T v_basis^T and only the small r^T is decomposed.
+        v_basis, r = qr(_matmul(_t(long), q))
+        u, s, vt = _exact(_t(r))
+        u, vt = _matmul(q, u), _matmul(vt, _t(v_basis))
         if flip:
             u, vt = _t(vt), _t(u)
-    return fix_signs(u[..., :rank], s[..., :rank], vt[..., :rank, :])
+    sign = signs(u[..., :rank])
+    return u[..., :rank] * sign, s[..., :rank], vt[..., :rank, :] * _t(sign)
 
 
 def spectrum(w: jax.Array) -> jax.Array:
@@ -258,38 +280,6 @@ def captured_energy(w: jax.Array, rank: int, *, key: jax.Array | None = None, me
     s = spectrum(w)[..., :rank] if method == "exact" else svd(w, rank, key=key, method=method)[1]
     total = jnp.sum(w**2, axis=(-2, -1))
     return jnp.where(total > 0, jnp.minimum(jnp.sum(s**2, axis=-1) / jnp.where(total > 0, total, 1), 1), 1)
-
-
-def svd_within(q: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Singular triplets of what a basis sees of a matrix ``w``: of ``q q^T w``.
-
-    Args:
-      q: ``[..., m, k]``, orthonormal columns. back: ``[..., n, k]``, ``w^T q``.
-
-    Returns:
-      ``u [..., m, k]``, ``s [..., k]`` descending, ``vt [..., k, n]``, signs as they come.
-
-    Example:
-      >>> w = jnp.diag(jnp.array([3.0, 2.0]))
-      >>> print(svd_within(jnp.eye(2), w.T)[1])
-      [3. 2.]
-    """
-    # back = v_basis r, so q back^T = q r^T v_basis^T and only the small r^T is decomposed.
-    v_basis, r = qr(back)
-    u, s, vt = _exact(_t(r))
-    return _matmul(q, u), s, _matmul(vt, _t(v_basis))
-
-
-def fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same triplets, the entry of largest magnitude in each column of ``u`` positive.
-
-    Example:
-      >>> u, _, vt = fix_signs(-jnp.eye(2), jnp.ones(2), jnp.eye(2))
-      >>> float(u.sum()), float(vt.sum())
-      (2.0, -2.0)
-    """
-    sign = signs(u)
-    return u * sign, s, vt * _t(sign)
 
 
 def signs(columns: jax.Array) -> jax.Array:

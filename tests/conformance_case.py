@@ -114,9 +114,11 @@ class Case:
             updates, state = self.optimizer.update(gradient, state, train)
             return optax.apply_updates(train, updates), state, loss, gradient
 
+        if self.mesh is None:
+            return jax.jit(step)
         train, _ = lr.partition(self.adapters)
-        laid = lambda tree: jax.tree.map(lambda x: x.sharding, tree) if self.layout == "mesh" else None  # noqa: E731
-        return jax.jit(step, out_shardings=(laid(train), laid(self.start(train)), None, laid(train)))
+        trained, state = jax.tree.map(lambda x: x.sharding, (train, self.start(train)))
+        return jax.jit(step, out_shardings=(trained, state, None, trained))
 
 
 case_of = functools.cache(Case)

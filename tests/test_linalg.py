@@ -111,7 +111,7 @@ def test_many_columns_of_little_rank(m, rank):
     for q in (
         linalg.orthonormal(jnp.asarray(x)),
         linalg.directions(KEY, jnp.asarray(x), 120),
-        linalg.strongest(jnp.asarray(x), 120),
+        linalg.left_singular_vectors(jnp.asarray(x), 120),
     ):
         gram = np.swapaxes(q, -1, -2) @ np.asarray(q)
         np.testing.assert_allclose(gram, np.broadcast_to(np.eye(q.shape[-1]), gram.shape), atol=2e-5)
@@ -222,6 +222,8 @@ def test_other_bad_arguments():
         linalg.svd(w, 2)
     with pytest.raises(ValueError, match="Unknown svd method 'lanczos'"):
         linalg.svd(w, 2, key=KEY, method="lanczos")
+    with pytest.raises(ValueError, match="A matrix of 4 rows has at most 4 orthonormal columns, not 8"):
+        linalg.orthonormal(w[:4])
     with pytest.raises(ValueError, match="Expected a matrix"):
         linalg.svd(jnp.ones(8), 2, key=KEY)
 

@@ -103,8 +103,10 @@ def leading(
     inputs, outputs = sides(side, *g.shape[-2:])
     if method == "randomized":
         flipped = jnp.swapaxes(g, -1, -2)
-        seek = lambda g: linalg.directions(key, g, rank, power_iterations=power_iterations)  # noqa: E731
-        return Bases(seek(g) if inputs else None, seek(flipped) if outputs else None)
+        found = linalg.directions(key, g if inputs else flipped, rank, power_iterations)
+        if inputs and outputs:
+            return Bases(found, linalg.left_singular_vectors(jnp.matmul(flipped, found, precision="highest"), rank))
+        return Bases(found, None) if inputs else Bases(None, found)
     u, _, vt = linalg.svd(g, rank, method=method)
     v = jnp.swapaxes(vt, -1, -2)
     return Bases(u if inputs else None, v * linalg.signs(v) if outputs else None)
