@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.forms.base import REPLICATED_BELOW
 from lowrank_jax.sites import Site, flatten, hits, with_leaves
@@ -121,7 +121,7 @@ def layout(
     return with_leaves(params, shardings)
 
 
-def fitted(shape: Sequence[int], spec: Sequence[Axes], mesh: Mesh) -> PartitionSpec:
+def fitted(shape: Sequence[int], spec: Sequence[Axes], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """A PartitionSpec for an array of this shape, without mesh axes that do not divide it, were used before or are not the mesh's.
 
     Of several mesh axes for one of the array's, those of size one are left out.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
+from lowrank_jax.forms.base import Leaf, leaf_spec
 from lowrank_jax.optim.blockwise import BLOCK, Quantised, dequantise_blockwise, quantise_blockwise
 from lowrank_jax.optim.targets import choose
-from lowrank_jax.sites import Site, flatten, with_leaves
+from lowrank_jax.shard import fitted
+from lowrank_jax.sites import Site, flatten, named_sharding, with_leaves
 
 OnRefresh = Literal["keep", "reset", "rotate"]
 
@@ -27,6 +31,8 @@ class Space(NamedTuple):
       left: ``(g, subspace) ->`` what of ``g`` lies outside.
       turned: ``(coordinates, old, new, squares) ->`` the same seen from the new subspace, by the squares where they are second moments;
         None: there is no such thing.
+      rows: the side, 'in' or 'out', that the second to last axis of each array of a subspace is of: it is divided over a mesh as that side
+        of the weight. One for all, or a tree of them; None: the arrays are small and whole on every device.
     """
 
     start: Callable[[tuple[int, ...], Any], Any]
@@ -35,6 +41,7 @@ class Space(NamedTuple):
     up: Callable[[jax.Array, Any, tuple[int, ...]], jax.Array]
     left: Callable[[jax.Array, Any], jax.Array]
     turned: Callable[[jax.Array, Any, Any, bool], jax.Array] | None = None
+    rows: Any = None
 
 
 class Projected(NamedTuple):
@@ -99,11 +106,16 @@ def run_projected(
         batch = (sum(math.prod(site.batch_shape) for site in members),) if by_size else first.batch_shape
         return (*batch, first.n_in, first.n_out)
 
-    def start(members: Sequence[Site], dtype: Any) -> Projected:
+    def start(members: Sequence[Site], weight: Any) -> Projected:
         here, shape = space(members[0]), shape_of(members)
-        subspace = here.start(shape, dtype)
-        like = jax.eval_shape(here.down, jax.ShapeDtypeStruct(shape, dtype), subspace)
-        inside = inner.init(jnp.zeros(like.shape, like.dtype))
+        subspace = here.start(shape, weight.dtype)
+        like = jax.eval_shape(here.down, jax.ShapeDtypeStruct(shape, weight.dtype), subspace)
+        where = None
+        if not by_size:
+            where = _beside(weight, members[0], like.shape)
+            laid = lambda rows, part: jax.tree.map(lambda x: _laid(x, _beside(weight, members[0], x.shape, rows)), part)  # noqa: E731
+            subspace = subspace if here.rows is None else jax.tree.map(laid, here.rows, subspace)
+        inside = inner.init(jnp.zeros(like.shape, like.dtype, device=where))
         held = [x.shape for x in jax.tree.leaves(inside) if x.ndim]
         if on_refresh == "rotate" and set(held) - {like.shape}:
             raise ValueError(
@@ -114,7 +126,7 @@ def run_projected(
 
     def init(params: Any) -> ProjectedState:
         flat, chosen = flatten(params), units(params)
-        projected = {name: start(members, flat[members[0].path].dtype) for name, members in chosen.items()}
+        projected = {name: start(members, flat[members[0].path]) for name, members in chosen.items()}
         return ProjectedState(jnp.zeros((), jnp.int32), projected, inner.init(_others(flat, chosen)))
 
     def update(updates: Any, state: ProjectedState, params: Any = None) -> tuple[Any, ProjectedState]:
@@ -164,6 +176,21 @@ def quantised(space: Space, block: int = BLOCK) -> Space:
         lambda g, subspace: space.left(g, plain(subspace)),
         space.turned and (lambda x, old, new, squares: space.turned(x, plain(old), plain(new), squares)),  # type: ignore[misc]
     )
+
+
+def _beside(weight: Any, site: Site, shape: tuple[int, ...], rows: str = "in") -> NamedSharding | None:
+    """Where an array ``[*batch, m, n]`` lies so that its rows are divided as one side of its weight and its columns as the other."""
+    sharding = named_sharding(weight)
+    if sharding is None or len(shape) != len(site.batch) + 2:
+        return None
+    axes = ("in", "out") if rows == "in" else ("out", "in")
+    spec = leaf_spec(Leaf(shape[-2:], axes), replace(site, spec=sharding.spec))
+    assert spec is not None
+    return NamedSharding(sharding.mesh, fitted(shape, tuple(spec), sharding.mesh))
+
+
+def _laid(x: jax.Array, where: NamedSharding | None) -> jax.Array:
+    return x if where is None else jax.device_put(x, where)
 
 
 def _others(flat: Mapping[str, Any], chosen: Mapping[str, Sequence[Site]]) -> dict[str, Any]:

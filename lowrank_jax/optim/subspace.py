@@ -76,6 +76,7 @@ def bases_space(rank: int, side: Side, find: Callable[[jax.Array, jax.Array], Ba
         lambda r, bases, shape: project_back(r, bases),
         lambda g, bases: g - project_back(project(g, bases), bases),
         turned,
+        Bases("in", "out"),  # type: ignore[arg-type]
     )
 
 

@@ -238,15 +238,26 @@ def test_bfloat16_gradients_keep_their_dtype():
     assert state.projected["wide/kernel"].subspace.inputs.dtype == jnp.bfloat16
 
 
+def test_subspace_and_moments_are_divided_as_their_weight_is():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    kernel = jax.device_put(np.ones((3, 64, 128), np.float32), jax.sharding.NamedSharding(mesh, spec))
+    bias = jax.device_put(np.ones((3, 128), np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    state = galore(optax.scale_by_adam(), 8).init({"w": {"kernel": kernel, "bias": bias}}).projected["w/kernel"]
+    parts = [x.addressable_shards[0].data.shape for x in (state.subspace.inputs, state.inner.mu, state.inner.nu)]
+    assert parts == [(3, 16, 4), (3, 2, 64), (3, 2, 64)]
+
+
 @pytest.mark.parametrize("side", ["smaller", "larger"])
 def test_a_sharded_refresh_gathers_no_whole_gradient(side):
     """The gradient stays where it lies; only sketches as narrow as the rank travel."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
-    params = {"w": {"kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=sharding)}}
+    whole = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)
+    placed = {"w": {"kernel": jax.device_put(whole, sharding)}}
     tx = galore(optax.scale_by_adam(), 8, side=side)
-    state = jax.eval_shape(tx.init, params)
-    text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    state = tx.init(placed)
+    text = jax.jit(tx.update).lower(placed, state, placed).compile().as_text()
     gathered = [line for line in text.splitlines() if "all-gather(" in line or "all-to-all(" in line]
     sizes = [
         int(np.prod([int(n) for n in line.split("f32[")[1].split("]")[0].split(",")]))
@@ -254,8 +265,6 @@ def test_a_sharded_refresh_gathers_no_whole_gradient(side):
         if "f32[" in line
     ]
     assert max(sizes, default=0) <= 1024 * (8 + 16), gathered
-    whole = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)
-    placed = {"w": {"kernel": jax.device_put(whole, sharding)}}
     expected = {"w": {"kernel": jnp.asarray(whole)}}
     got, want = (jax.jit(tx.update)(g, tx.init(g), g)[0]["w"]["kernel"] for g in (placed, expected))
     np.testing.assert_allclose(got, want, atol=1e-3)
