@@ -4,8 +4,8 @@
 
 Four layers of width 128, 8 rows of 128 tokens an update, on BBC News (5 MB, an asset) and tinyshakespeare (1.1 MB, a file of yours).
 A method's learning rate is the best of three on the articles, in runs of a quarter of the length (what is the same algorithm in another
-number format, or by another route, takes the rate found for it); then every method runs in full on both corpora, one seed. `adamw_scaled`
-and `frugal_scaled` are controls: GaLore's rates, embeddings four times as fast as matrices, without its subspaces. Rows are appended to
+number format, or by another route, takes the rate found for it); then every method runs in full on both corpora, one seed. Controls take
+GaLore apart, at its rates (embeddings four times as fast as matrices): see `CONTROLS`. Rows are appended to
 bench/results/pretrain.jsonl as they come; cells that are there are not run again, so that the command can be stopped, or started twice with
 different --only, and goes on.
 """
@@ -21,16 +21,21 @@ from typing import Any
 
 from bench.common import RESULTS, machine, table, write_json
 from configs.pretrain import RECIPES, get_config
+from train.pretraining.config import method
 
 STEPS, TUNING_STEPS = 400, 100
 FACTORS = (0.5, 1.0, 2.0)
-SAME_RATE = {
-    "adamw_8bit": "adamw",
-    "galore_8bit": "galore",
-    "dual_galore": "galore",
-    "relora": "lora",
-    "adamw_scaled": "galore",
-    "frugal_scaled": "galore",
+SAME_RATE = {"adamw_8bit": "adamw", "galore_8bit": "galore", "dual_galore": "galore", "relora": "lora"}
+# {name: (method, its fields)}, at the rate found for GaLore.
+CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw_scaled": ("adamw", {"scale": 0.25}),  # no subspaces
+    "frugal_scaled": ("frugal", {"scale": 0.25}),
+    "galore_whole": (
+        "galore",
+        {"rank": 128},
+    ),  # all directions, so that the coordinates are turned and nothing is left out
+    # Random directions in place of singular ones; GaLore otherwise.
+    "galore_random": ("frugal", {"scale": 0.25, "subspace": "random", "free_scale": 0.0, "on_refresh": "keep"}),
 }
 ROWS = RESULTS / "pretrain.jsonl"
 
@@ -42,7 +47,11 @@ def cell(corpus: str, recipe: str, factor: float, steps: int, file: str) -> dict
     from train import metrics_log
     from train.pretraining import loop
 
-    config = get_config(recipe)
+    config = get_config("galore" if recipe in CONTROLS else recipe)
+    if recipe in CONTROLS:
+        name, fields = CONTROLS[recipe]
+        every = {} if name == "adamw" else {"refresh_every": config.method.refresh_every}
+        config.method = method(name, **fields, **every)
     config.learning_rate *= factor
     config.steps, config.checkpoint_every, config.eval_every, config.log_every = steps, 0, 50, 50
     if corpus == "shakespeare":
@@ -84,7 +93,7 @@ def needed(*key: Any, file: str) -> dict[str, Any]:
 
 def best(recipe: str, file: str) -> float:
     """The factor of the recipe's rate with the lowest loss in the short runs."""
-    recipe = SAME_RATE.get(recipe, recipe)
+    recipe = "galore" if recipe in CONTROLS else SAME_RATE.get(recipe, recipe)
     rows = [needed("bbc", recipe, factor, TUNING_STEPS, file=file) for factor in FACTORS]
     return min(rows, key=lambda row: row["loss"] if row["loss"] == row["loss"] else float("inf"))["factor"]
 
@@ -111,7 +120,7 @@ def main() -> None:
     parser.add_argument("--shakespeare", default="", help="a text file; without it the articles alone")
     parser.add_argument("--only", default="", help="recipes, separated by commas")
     options = parser.parse_args()
-    recipes = options.only.split(",") if options.only else list(RECIPES)
+    recipes = options.only.split(",") if options.only else [*RECIPES, *CONTROLS]
     corpora = ["bbc", "shakespeare"] if options.shakespeare else ["bbc"]
     rows = []
     for recipe in recipes:

@@ -38,12 +38,10 @@ class Recipe(NamedTuple):
 RECIPES = {
     "adamw": Recipe(4e-3, 1e-3, "adamw"),
     "adamw_8bit": Recipe(4e-3, 1e-3, "adamw_8bit"),
-    "adamw_scaled": Recipe(2e-2, 1e-2, "adamw", {"scale": 0.25}),  # GaLore's rates without its subspaces
     "galore": Recipe(2e-2, 1e-2, "galore", {}, True),
     "galore_8bit": Recipe(2e-2, 1e-2, "galore", {"bits8": True}, True),
     "dual_galore": Recipe(2e-2, 1e-2, "dual_galore", {}, True),
     "frugal": Recipe(4e-3, 1e-3, "frugal"),
-    "frugal_scaled": Recipe(2e-2, 1e-2, "frugal", {"scale": 0.25}),
     "lisa": Recipe(4e-3, 1e-3, "lisa"),
     "sltrain": Recipe(8e-3, 3e-3, "sltrain", {}, True),
     "lora": Recipe(8e-3, 3e-3, "lora", {}, True),

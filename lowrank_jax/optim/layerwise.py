@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_jax.sites import flatten
+from lowrank_jax.sites import flatten, named_sharding
 
 
 class ModelParts(NamedTuple):
@@ -84,7 +85,10 @@ def layerwise_update(
 
     def init(stacked: Any, rest: Any) -> LayerwiseState:
         _depth(stacked)
-        return LayerwiseState(jax.vmap(tx_layer.init)(stacked), tx_rest.init(rest))
+        make = jax.vmap(tx_layer.init)
+        if any(map(named_sharding, jax.tree.leaves(stacked))):
+            make = jax.jit(make, out_shardings=jax.tree.map(_of_a_stack, tx_layer.init(_take(stacked, jnp.int32(0)))))
+        return LayerwiseState(make(stacked), tx_rest.init(rest))
 
     def update(
         stacked: Any, rest: Any, state: LayerwiseState, batch: Any
@@ -129,6 +133,12 @@ def layerwise_update(
         return stacked, rest, LayerwiseState(states, outside), loss
 
     return LayerwiseUpdate(init, update)
+
+
+def _of_a_stack(leaf: jax.Array) -> NamedSharding | None:
+    """Where a stack of such leaves lies; None: as the compiler likes."""
+    own = named_sharding(leaf)
+    return own and NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
 
 
 def _take(tree: Any, at: jax.Array) -> Any:

@@ -66,9 +66,15 @@ def small(corpus: pathlib.Path, workdir: pathlib.Path, recipe: str) -> ConfigDic
     return config
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_method_learns_and_writes_the_model_it_trained(recipe, corpus, tmp_path):
+LAYERWISE = ["adamw", "adamw_8bit", "galore", "galore_8bit", "frugal"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layerwise"), [(name, False) for name in RECIPES] + [(name, True) for name in LAYERWISE]
+)
+def test_every_method_learns_and_writes_the_model_it_trained(recipe, layerwise, corpus, tmp_path):
     config = small(corpus, tmp_path / "run", recipe)
+    config.layerwise = layerwise
     job = load(config)
     result = loop.train(job)
     assert result.steps == STEPS and result.loss < 5.0  # 5.6 at the start; the words alone give 3.0
@@ -88,10 +94,13 @@ def test_every_method_learns_and_writes_the_model_it_trained(recipe, corpus, tmp
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("recipe", ["galore_8bit", "dual_galore", "relora"])
-def test_a_run_goes_on_where_it_stopped(recipe, corpus, tmp_path, monkeypatch):
-    whole = loop.run(small(corpus, tmp_path / "whole", recipe))
-    config = small(corpus, tmp_path / "halves", recipe)
+@pytest.mark.parametrize(
+    ("recipe", "layerwise"), [("galore_8bit", False), ("galore_8bit", True), ("dual_galore", False), ("relora", False)]
+)
+def test_a_run_goes_on_where_it_stopped(recipe, layerwise, corpus, tmp_path, monkeypatch):
+    first, config = (small(corpus, tmp_path / name, recipe) for name in ("whole", "halves"))
+    first.layerwise = config.layerwise = layerwise
+    whole = loop.run(first)
 
     class Stopped(Exception):
         pass
@@ -128,10 +137,81 @@ def test_a_workdir_of_another_run_is_refused(corpus, tmp_path):
         loop.run(config)
 
 
-@pytest.mark.parametrize("recipe", ["adamw", "galore", "dual_galore", "sltrain"])
-def test_a_mesh_changes_nothing(recipe, corpus, tmp_path):
+def batch_of(batches):
+    return {name: jnp.asarray(value) for name, value in next(batches).items() if name in ("tokens", "loss_mask")}
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "galore"])
+def test_updates_layer_by_layer_are_those_of_all_layers_at_once(recipe, corpus, tmp_path):
+    """With decay and a rate that changes; nothing is drawn at random, which layers share."""
+    config = small(corpus, tmp_path, recipe)
+    config.eps, config.weight_decay = 1e-3, 0.1
+    config.method.update({"svd": "exact"} if recipe == "galore" else {})
+    ends = []
+    for layerwise in (False, True):
+        config.layerwise = layerwise
+        job = load(config)
+        (state, fixed), batches, update = start(job), job.train.iterator(), jax.jit(make_update(job))
+        for _ in range(10):
+            state = update(state, fixed, batch_of(batches))
+        assert (int(state.step), bool(state.ok)) == (10, True)
+        ends.append((float(state.loss), float(state.weight), state.weights))
+    (loss, weight, one), (other_loss, other_weight, other) = ends
+    assert weight == other_weight and loss == pytest.approx(other_loss, rel=1e-5)
+    for path, leaf in one.items():
+        np.testing.assert_allclose(leaf, other[path], atol=5e-4, err_msg=path)
+
+
+def test_layer_by_layer_no_gradient_of_the_model_is_held(corpus, tmp_path):
+    config = small(corpus, tmp_path, "galore")
+    config.model.hidden_size, config.model.intermediate_size, config.model.layers, config.model.remat = (
+        64,
+        96,
+        12,
+        "full",
+    )
+    config.batch_size = 1
+    temporaries = []
+    for layerwise in (False, True):
+        config.layerwise = layerwise
+        job = load(config)
+        state, fixed = start(job)
+        update = jax.jit(make_update(job), donate_argnums=0).lower(state, fixed, batch_of(job.train.iterator()))
+        temporaries.append(update.compile().memory_analysis().temp_size_in_bytes)
+    weights = sum(x.nbytes for x in jax.tree.leaves(state.weights))
+    assert temporaries[0] > weights and temporaries[1] < 0.6 * weights
+
+
+def test_layer_by_layer_a_loss_that_is_not_finite_stops_everything(corpus, tmp_path):
+    config = small(corpus, tmp_path, "galore")
+    config.layerwise = True
+    job = load(config)
+    (state, fixed), batches, update = start(job), job.train.iterator(), jax.jit(make_update(job))
+    state = update(state, fixed, batch_of(batches))
+    broken = {path: leaf.at[(0,) * leaf.ndim].set(jnp.nan) for path, leaf in state.weights.items() if "norm" in path}
+    after = update(state._replace(weights=state.weights | broken), fixed, batch_of(batches))
+    after = update(after._replace(weights=state.weights), fixed, batch_of(batches))  # whatever comes next
+    assert (int(after.step), bool(after.ok)) == (1, False)
+    for path, leaf in state.weights.items():
+        assert np.array_equal(leaf, after.weights[path]), path
+    assert float(after.loss) == float(state.loss)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layerwise"),
+    [
+        ("adamw", False),
+        ("adamw", True),
+        ("galore", False),
+        ("galore", True),
+        ("dual_galore", False),
+        ("sltrain", False),
+    ],
+)
+def test_a_mesh_changes_nothing(recipe, layerwise, corpus, tmp_path):
     """Three updates on fsdp x tensor = 4 x 2 are those of one device."""
     config = small(corpus, tmp_path, recipe)
+    config.layerwise = layerwise
     config.eps = 1e-3  # the sign of a gradient that is nothing but rounding is no test of a mesh
     ends = []
     for mesh in ({"fsdp": 1, "tensor": 1}, {"fsdp": 4, "tensor": 2}):
@@ -141,13 +221,13 @@ def test_a_mesh_changes_nothing(recipe, corpus, tmp_path):
         batches = job.train.iterator()
         update = jax.jit(make_update(job))
         for step in range(3):
-            batch = {
-                name: jnp.asarray(value) for name, value in next(batches).items() if name in ("tokens", "loss_mask")
-            }
+            batch = batch_of(batches)
             if job.learner.refresh is not None and step == 2:
                 state, fixed = jax.jit(make_refresh(job))(state, fixed, batch)
             state = update(state, fixed, batch)
         ends.append((float(state.loss), flatten(merged(job, state, fixed))))
+        largest = max(jax.tree.leaves(state.optimizer[0]), key=lambda x: x.size)
+    assert largest.addressable_shards[0].data.size * 4 <= largest.size  # moments lie where their weights do
     (loss, one), (sharded_loss, sharded) = ends
     assert loss == pytest.approx(sharded_loss, rel=1e-5)
     if recipe == "adamw":  # a subspace's basis may turn where singular values lie close
@@ -201,6 +281,12 @@ def test_norms_do_not_decay(corpus, tmp_path):
         (lambda c: c.update({"weight_decay": 0.1, "method": method("dual_galore", rank=4)}), "config.weight_decay=0.1"),
         (lambda c: c.update({"method": method("galore", rank=99)}), "galore\\(rank=99\\)"),
         (lambda c: c.update({"method": method("galore", rank=4, refresh_every=0)}), "refresh_every"),
+        (lambda c: c.update({"layerwise": True, "accumulate": 2}), "config.accumulate=2: expected 1 with layerwise"),
+        (lambda c: c.update({"layerwise": True, "clip": 1.0}), "config.clip=1.0: expected 0.0 with layerwise"),
+        (
+            lambda c: c.update({"layerwise": True}) or c.__setattr__("method", method("lisa")),
+            "lisa does not update layers",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -25,6 +25,9 @@ def base() -> ml_collections.ConfigDict:
       data: name ('text' with a directory or file, 'bbc_text', 'tfds:...'; see `train.data.load`), directory, train_split, eval_split,
         max_length (tokens of a row), eval_limit (documents; 0: all).
       method: from `method`.
+      layerwise: update each layer as soon as its gradient is known, so that no more than one layer's exists (see
+        `lowrank_jax.optim.layerwise_update`); for adamw, adamw_8bit, galore and frugal. A loss that is not finite then stops the run
+        before a weight is touched, a gradient after it; what a method draws at random is the same for every layer.
       steps, batch_size, accumulate, eval_batch_size, learning_rate, warmup, decay, final, weight_decay (matrices only), b1, b2, eps,
         clip (global norm, 0: none), log_every, eval_every, checkpoint_every, keep, mesh: as in train.config.
 
@@ -44,6 +47,7 @@ def base() -> ml_collections.ConfigDict:
          "eval_limit": 0}
     )  # fmt: skip
     config.method = method("adamw")
+    config.layerwise = False
     config.steps = 1000
     config.batch_size, config.accumulate, config.eval_batch_size = 16, 1, 16
     config.learning_rate, config.warmup, config.decay, config.final = 1e-3, 0.1, "cosine", 0.1
@@ -88,6 +92,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(config.decay in ("cosine", "linear", "constant"), "decay", config.decay, "cosine, linear or constant")
     heads, width = config.model.heads, config.model.hidden_size
     require(not heads or not width or width % heads == 0, "model.heads", heads, f"a divisor of hidden_size={width}")
+    if config.layerwise:
+        for name, value in (("accumulate", 1), ("clip", 0.0)):
+            require(
+                config[name] == value,
+                name,
+                config[name],
+                f"{value} with layerwise, which has no gradient of the whole model",
+            )
+        require(config.model.scan_layers, "model.scan_layers", False, "True with layerwise")
     check_mesh(config)
     fields = {k: v for k, v in config.method.items() if k != "name"}
     method(config.method.name, **fields)

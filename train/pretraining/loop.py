@@ -251,7 +251,7 @@ class _Session:
 def _described(job: Run) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
     config = json.loads(configs.to_json(job.config))
-    return {name: config[name] for name in ("model", "method", "steps", "seed", "batch_size")} | {
+    return {name: config[name] for name in ("model", "method", "layerwise", "steps", "seed", "batch_size")} | {
         "tokenizer": job.tokenizer.fingerprint
     }
 

@@ -16,7 +16,7 @@ from lowrank_jax.folding import add_low_rank
 from lowrank_jax.sites import Site, flatten, matches, with_leaves
 
 # The matrices of attention and MLP: what the papers treat as low-rank. Embeddings, norms and head are always trained as they are.
-MATRICES = r".*/(attention|mlp)/.*"
+MATRICES = r"(.*/)?(attention|mlp)/.*"
 
 Loss = Callable[[Any, lr.Adapters, Any], jax.Array]
 Refresh = Callable[[Loss], Callable[..., tuple[Any, lr.Adapters, Any]]]
@@ -26,11 +26,10 @@ class Given(NamedTuple):
     """What a method is made for.
 
     Attributes:
-      shapes: the model's parameters, as shapes. sites: of them. adam: Adam's scaling with the run's decays.
+      sites: of the model's parameters, or of one layer's. adam: Adam's scaling with the run's decays.
       decay: weight decay of matrices, or identity; before the learning rate.
     """
 
-    shapes: Any
     sites: Mapping[str, Site]
     adam: optax.GradientTransformation
     adam_8bit: optax.GradientTransformation
@@ -42,6 +41,8 @@ class Learner(NamedTuple):
 
     Attributes:
       weights: transform of the weights that are trained as they are, without the learning rate.
+      outside: what it does to the weights in no layer where the layers' are updated one layer at a time (`weights` then sees a layer);
+        None: the method cannot work so.
       rules: of the plan of adapters; {}: none, all weights are trained as they are.
       factors: transform of the adapters' leaves, without the learning rate.
       zero: the base of the adapters is zero and not stored.
@@ -51,6 +52,7 @@ class Learner(NamedTuple):
     """
 
     weights: optax.GradientTransformation
+    outside: optax.GradientTransformation | None = None
     rules: Mapping[str, lr.Method] = {}
     factors: optax.GradientTransformation = optax.identity()
     zero: bool = False
@@ -62,12 +64,13 @@ class Learner(NamedTuple):
 
 def adamw(given: Given, *, scale: float = 1.0) -> Learner:
     """AdamW: the baseline. ``scale``: of the updates of matrices in layers, as GaLore has one."""
-    return Learner(optax.chain(given.adam, _matrices_times(scale), given.decay))
+    return Learner(optax.chain(given.adam, _matrices_times(scale), given.decay), optax.chain(given.adam, given.decay))
 
 
 def adamw_8bit(given: Given, *, scale: float = 1.0) -> Learner:
     """AdamW with block-wise dynamic eight-bit moments (arXiv 2110.02861)."""
-    return Learner(optax.chain(given.adam_8bit, _matrices_times(scale), given.decay))
+    adam = given.adam_8bit
+    return Learner(optax.chain(adam, _matrices_times(scale), given.decay), optax.chain(adam, given.decay))
 
 
 def galore(
@@ -83,11 +86,12 @@ def galore(
     quantise_subspace: bool = False,
 ) -> Learner:
     """GaLore (arXiv 2403.03507) on the matrices, Adam on the rest; ``bits8``: with eight-bit moments. See `lowrank_jax.optim.galore`."""
+    adam = given.adam_8bit if bits8 else given.adam
     core = lr.optim.galore(
-        given.adam_8bit if bits8 else given.adam, rank, scale=scale, refresh_every=refresh_every, targets=(MATRICES,), sites=given.sites,
+        adam, rank, scale=scale, refresh_every=refresh_every, targets=(MATRICES,), sites=given.sites,
         on_refresh=on_refresh, side=side, svd=svd, quantise_subspace=quantise_subspace,
     )  # fmt: skip
-    return Learner(optax.chain(core, given.decay))
+    return Learner(optax.chain(core, given.decay), optax.chain(adam, given.decay))
 
 
 def dual_galore(
@@ -102,8 +106,9 @@ def dual_galore(
     """GaLore by adapters, without a dense gradient of a matrix. See `lowrank_jax.dual_galore`. The matrices do not decay."""
     refresher = lambda loss: _keeping(lr.dual_galore.refresher(loss))  # noqa: E731
     return Learner(
-        optax.chain(given.adam, given.decay), {MATRICES: lr.subspace_update(rank, side)},
-        optax.chain(given.adam_8bit if bits8 else given.adam, optax.scale(scale)), every=refresh_every, first=True, refresh=refresher,
+        optax.chain(given.adam, given.decay), rules={MATRICES: lr.subspace_update(rank, side)},
+        factors=optax.chain(given.adam_8bit if bits8 else given.adam, optax.scale(scale)), every=refresh_every, first=True,
+        refresh=refresher,
     )  # fmt: skip
 
 
@@ -116,13 +121,14 @@ def frugal(
     free_scale: float = 1.0,
     scale: float = 1.0,
     refresh_every: int = 200,
+    on_refresh: Any = "reset",
 ) -> Learner:
     """FRUGAL (arXiv 2411.07837) on the matrices, Adam on the rest. See `lowrank_jax.optim.frugal`."""
     core = lr.optim.frugal(
-        given.adam, density, subspace, free=free, free_scale=free_scale, refresh_every=refresh_every, targets=(MATRICES,),
-        sites=given.sites,
+        given.adam, density, subspace, free=free, free_scale=free_scale, refresh_every=refresh_every,
+        on_refresh=on_refresh, targets=(MATRICES,), sites=given.sites,
     )  # fmt: skip
-    return Learner(optax.chain(core, _matrices_times(scale), given.decay))
+    return Learner(optax.chain(core, _matrices_times(scale), given.decay), optax.chain(given.adam, given.decay))
 
 
 def lisa(given: Given, *, active: int = 2, period: int = 20, state_policy: Any = "reset") -> Learner:
@@ -173,7 +179,7 @@ def is_adapted(learner: Learner, path: str) -> bool:
 def _adapted(given: Given, method: lr.Method, zero: bool = False) -> Learner:
     """The matrices by adapters, everything else as it is."""
     whole = optax.chain(given.adam, given.decay)
-    return Learner(whole, {MATRICES: method}, whole, zero=zero)
+    return Learner(whole, rules={MATRICES: method}, factors=whole, zero=zero)
 
 
 def _matrices_times(scale: float) -> optax.GradientTransformation:

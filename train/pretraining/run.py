@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,10 @@ import optax
 
 import lowrank_jax as lr
 from lowrank_jax import models, shard
+from lowrank_jax.models.llama_parts import split_layers
 from lowrank_jax.models.llama_sizes import galore_paper
 from lowrank_jax.models.tokenizer import Tokenizer
-from lowrank_jax.sites import flatten, with_leaves
+from lowrank_jax.sites import Site, flatten, with_leaves
 from train import optimizer, processes, sharding
 from train.data import Loader
 from train.pretraining import config as configs
@@ -59,7 +61,7 @@ def load(config: ml_collections.ConfigDict) -> Run:
     model_config = make_model(config, tokenizer.vocab_size)
     model, shapes = models.build(model_config), models.param_shapes(model_config)
     sites = lr.linen.sites(model, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    learner = make_learner(config, shapes, sites)
+    learner = make_learner(config, one_layer(shapes) if config.layerwise else sites)
     plan = lr.plan(shapes, learner.rules, sites=sites) if learner.rules else lr.Plan(())
     return Run(config, model, model_config, tokenizer, train, evaluation, mesh, shapes, learner, plan)
 
@@ -76,11 +78,17 @@ def make_model(config: ml_collections.ConfigDict, vocab_size: int) -> models.Lla
     )  # fmt: skip
 
 
-def make_learner(config: ml_collections.ConfigDict, shapes: Any, sites: Any) -> Learner:
-    """The method of a configuration for a model.
+def one_layer(shapes: Any) -> Mapping[str, Site]:
+    """The sites of a single layer of a scanned stack, by their paths within it."""
+    stacked, _ = split_layers(shapes)
+    return lr.sites(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked))
+
+
+def make_learner(config: ml_collections.ConfigDict, sites: Mapping[str, Site]) -> Learner:
+    """The method of a configuration for the weights of a model, or of one of its layers.
 
     Raises:
-      ValueError: a weight decay that the method could not apply.
+      ValueError: a weight decay that the method could not apply, a method that needs all layers' gradients at once.
     """
     name = config.method.name
     decay = optax.identity()
@@ -94,7 +102,12 @@ def make_learner(config: ml_collections.ConfigDict, shapes: Any, sites: Any) -> 
     betas = (config.b1, config.b2, config.eps)
     adam, adam_8bit = optax.scale_by_adam(*betas), lr.optim.scale_by_adam_8bit(*betas)
     fields = {field: value for field, value in config.method.items() if field != "name"}
-    return METHODS[name](Given(shapes, sites, adam, adam_8bit, decay), **fields)
+    learner = METHODS[name](Given(sites, adam, adam_8bit, decay), **fields)
+    if config.layerwise and learner.outside is None:
+        raise configs.ConfigError(
+            f"config.layerwise=True: {name} does not update layers one at a time; expected adamw, adamw_8bit, galore or frugal."
+        )
+    return learner
 
 
 def rate(run: Run) -> optax.Schedule:

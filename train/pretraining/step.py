@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lr
+from lowrank_jax.models.llama_parts import join_layers, llama_parts, split_layers
+from lowrank_jax.optim.layerwise import LayerwiseUpdate, layerwise_update
 from lowrank_jax.sites import flatten, with_leaves
 from train import gradients
 from train.pretraining.methods import is_adapted
@@ -55,7 +57,11 @@ def start(run: Run) -> tuple[State, Fixed]:
     if run.plan.entries:
         adapters = lr.init(jax.random.key(run.config.seed), with_leaves(run.shapes, flat | _zeros(run, flat)), run.plan)
     factors, frozen = lr.partition(adapters)
-    optimizer = (run.learner.weights.init(weights), run.learner.factors.init(factors))
+    if run.config.layerwise:
+        of_weights = _layerwise(run, 1.0).init(*split_layers(with_leaves(run.shapes, weights)))
+    else:
+        of_weights = run.learner.weights.init(weights)
+    optimizer = (of_weights, run.learner.factors.init(factors))
     zero = jnp.float32(0)
     # Leaves may be shared between trees; what is donated must own its buffers.
     state = jax.tree.map(jnp.copy, State(weights, factors, optimizer, jnp.int32(0), jnp.bool_(True), zero, zero))
@@ -64,6 +70,10 @@ def start(run: Run) -> tuple[State, Fixed]:
 
 def make_update(run: Run) -> Callable[[State, Fixed, Batch], State]:
     """``(state, fixed, batch) -> state``, to be jitted with the state donated."""
+    return _by_layer(run) if run.config.layerwise else _at_once(run)
+
+
+def _at_once(run: Run) -> Callable[[State, Fixed, Batch], State]:
     key, schedule, clip = jax.random.key(run.config.seed), rate(run), run.config.clip
 
     def update(state: State, fixed: Fixed, batch: Batch) -> State:
@@ -95,6 +105,35 @@ def make_update(run: Run) -> Callable[[State, Fixed, Batch], State]:
         )  # fmt: skip
 
     return update
+
+
+def _by_layer(run: Run) -> Callable[[State, Fixed, Batch], State]:
+    schedule = rate(run)
+
+    def update(state: State, fixed: Fixed, batch: Batch) -> State:
+        # After a fault nothing changes, whatever the loss of the next batch.
+        step = _layerwise(run, schedule(state.step), lambda loss: jnp.where(state.ok, loss, jnp.nan))
+        before = split_layers(parameters(run, state, fixed))
+        stacked, rest, of_weights, mean = step.update(*before, state.optimizer[0], batch)
+        weights = flatten(join_layers(stacked, rest))
+        ok = jnp.isfinite(mean) & jnp.isfinite(optax.global_norm(weights))
+        weight = jnp.where(ok, batch["loss_mask"][:, 1:].sum().astype(jnp.float32), 0)
+        loss = state.loss + jnp.where(ok, mean * weight, 0)
+        optimizer = (of_weights, state.optimizer[1])
+        return State(
+            weights, state.factors, optimizer, state.step + ok.astype(jnp.int32), ok, loss, state.weight + weight
+        )
+
+    return update
+
+
+def _layerwise(run: Run, size: Any, checked: Callable[[jax.Array], jax.Array] = lambda loss: loss) -> LayerwiseUpdate:
+    """The step of a learning rate, one layer at a time; ``checked`` is done to the loss before the backward pass."""
+    assert run.learner.outside is not None
+    parts = llama_parts(run.model_config)
+    parts = parts._replace(head=lambda *args, head=parts.head: checked(head(*args)))
+    layer, outside = (optax.chain(tx, optax.scale(-size)) for tx in (run.learner.weights, run.learner.outside))
+    return layerwise_update(parts, layer, outside)
 
 
 def make_refresh(run: Run) -> Callable[[State, Fixed, Batch], tuple[State, Fixed]]:
