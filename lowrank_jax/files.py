@@ -17,6 +17,9 @@ _PART = ".part"  # ends the names of what is not complete
 _LEFTOVER = re.compile(rf"\..+\.[a-z0-9_]{{8}}\{_PART}")
 
 
+_FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 class StorageError(OSError):
     """A disk did not take what was to be written: it is full, over a quota, read-only or failing. What stood there before stands."""
 
@@ -28,8 +31,7 @@ def fault(number: int | None) -> str | None:
       >>> fault(errno.ENOSPC), fault(errno.ENOENT)
       ('No space left on device', None)
     """
-    failing = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    return os.strerror(number) if number is not None and failing else None
+    return os.strerror(number) if number is not None and number in _FAILING else None
 
 
 @contextlib.contextmanager
@@ -50,8 +52,10 @@ def storing(
     """
     try:
         yield
-    except OSError as error:
-        why = fault(error.errno)
+    except (OSError, RuntimeError) as error:
+        # A writer that is not Python's, such as array_record's, has the system's words in a RuntimeError.
+        said = (os.strerror(number) for number in _FAILING if os.strerror(number) in str(error))
+        why = fault(error.errno) if isinstance(error, OSError) else next(said, None)
         if why is None:
             raise
         raise StorageError(f"{what}: could not be written ({why}). {remedy}") from error

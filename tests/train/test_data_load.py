@@ -2,13 +2,18 @@
 
 import json
 import multiprocessing
+import re
+import resource
+import signal
 
 import numpy as np
 import pytest
 import tokenizers
 
+from lowrank_jax.files import StorageError
 from lowrank_jax.models.tokenizer import Tokenizer, load_tokenizer
 from train.data import DataError, load
+from train.data.builders.prepare import prepare
 from train.data.builders.source import split_by_hash
 from train.data.tokens import Example, token_table
 
@@ -317,6 +322,32 @@ def _prepare_in_child(folder, barrier, queue):
 
     SOURCES["e2e"] = SOURCES["e2e"]._replace(read=read)
     queue.put(len(prepare("e2e", "train", folder).records))
+
+
+def _prepare_with_little_room(file, said):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        prepare("text", "train", file)
+    except StorageError as error:
+        said.put(str(error))
+    else:
+        said.put("nothing was refused")
+
+
+def test_a_disk_that_takes_no_more_is_named(tmp_path):
+    text = "".join(chr(97 + n) for n in np.random.default_rng(0).integers(0, 26, 400_000))
+    (tmp_path / "text.txt").write_text("\n".join(text[n : n + 80] for n in range(0, len(text), 80)))
+    context = multiprocessing.get_context("spawn")
+    said = context.Queue()
+    process = context.Process(target=_prepare_with_little_room, args=(tmp_path / "text.txt", said))
+    process.start()
+    message = said.get(timeout=120)
+    process.join()
+    assert re.fullmatch(
+        r".*/tfds.* could not be written \(File too large\)\. It is in the cache, which .*start again\.", message
+    )
+    assert len(prepare("text", "train", tmp_path / "text.txt").records)  # once there is room
 
 
 def test_two_processes_prepare_at_once(tmp_path):

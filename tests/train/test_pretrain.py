@@ -66,7 +66,7 @@ def small(corpus: pathlib.Path, workdir: pathlib.Path, recipe: str) -> ConfigDic
     return config
 
 
-LAYERWISE = ["adamw", "adamw_8bit", "galore", "galore_8bit", "frugal"]
+LAYERWISE = ["adamw_8bit", "galore_8bit", "frugal"]  # the others below
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def token_table(
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
         try:
-            with storing(folder, "It is in the cache, which $XDG_CACHE_HOME moves. Make room and start again."):
+            with storing(folder, assets.IN_CACHE):
                 _write(work, records, encode, drop_above)
             assets.publish(work, folder)
         finally:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lowrank_jax import assets
+from lowrank_jax.files import storing
 from train.data.builders import classification, glue, language, published
 from train.data.builders.source import DataError, Files, Published, Record, Source, fingerprint
 
@@ -100,6 +101,7 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
     Raises:
         DataError: an unknown name or split, missing or malformed files, no network to fetch them over.
         lowrank_jax.assets.AssetError: the asset cannot be fetched.
+        StorageError: the disk of the cache is full or failing.
     """
     if name.startswith(published.PREFIX):
         records, mark = published.running_text(name.removeprefix(published.PREFIX), split)
@@ -137,7 +139,8 @@ def prepare(name: str, split: str, directory: os.PathLike[str] | str | None = No
 def _build(config: SourceConfig) -> LowrankData:
     with published.quiet():  # tfds warns of every configuration that is made on the fly, as ours are
         builder = LowrankData(config=config, data_dir=str(assets.cache_dir() / "tfds"), file_format="array_record")
-    builder.download_and_prepare()
+    with storing(builder.data_dir, assets.IN_CACHE):
+        builder.download_and_prepare()
     return builder
 
 
