@@ -5,7 +5,7 @@
 Four layers of width 128, 8 rows of 128 tokens an update, on BBC News (5 MB, an asset) and tinyshakespeare (1.1 MB, a file of yours).
 A method's learning rate is the best of three on the articles, in runs of a quarter of the length (what is the same algorithm in another
 number format, or by another route, takes the rate found for it); then every method runs in full on both corpora, one seed. Controls take
-GaLore apart, at its rates (embeddings four times as fast as matrices): see `CONTROLS`. Rows are appended to
+GaLore apart at its rate: see `CONTROLS`. Rows are appended to
 bench/results/pretrain.jsonl as they come; cells that are there are not run again, so that the command can be stopped, or started twice with
 different --only, and goes on.
 """
@@ -29,6 +29,8 @@ SAME_RATE = {"adamw_8bit": "adamw", "galore_8bit": "galore", "dual_galore": "gal
 # {name: (method, its fields)}, at the rate found for GaLore.
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_scaled": ("adamw", {"scale": 0.25}),  # no subspaces
+    # None either; a matrix's step is as long as GaLore's, which is sqrt(32 / 128) of Adam's by its rank.
+    "adamw_short": ("adamw", {"scale": 0.125}),
     "frugal_scaled": ("frugal", {"scale": 0.25}),
     "galore_whole": (
         "galore",

@@ -51,7 +51,7 @@ def _randlora_update(p: Leaves, shared: Leaves, kernel: np.ndarray) -> np.ndarra
     else:  # as PEFT pairs them: directions of a run over bases fastest, those of b over ranks
         b = shared["b"][:d, :n].reshape(d, rank, n).swapaxes(1, 2)
         a = shared["a"][:, :m]
-    update = 3 * np.einsum("djk,...jk,km,...jm->...dm", b, p["lam"], a, p["gam"])
+    update = 0.25 * np.einsum("djk,...jk,km,...jm->...dm", b, p["lam"], a, p["gam"])
     return update.swapaxes(-1, -2) if n_in <= n_out else update
 
 
@@ -61,7 +61,7 @@ def _randlora_count(site: lr.Site, config: Config) -> int:
 
 
 def _randlora(**fields: Any) -> Method:
-    return lr.randlora(rank=2, alpha=6, at_once=4, **fields)
+    return lr.randlora(rank=2, alpha=0.5, at_once=4, **fields)  # with a larger update rounding shows in the loss
 
 
 def _s2_lora_update(p: Leaves, shared: Leaves, kernel: np.ndarray) -> np.ndarray:
