@@ -85,13 +85,10 @@ def subspaces(
         size = site.n_out if _sought(entry) else site.n_in
         far[entry.site.path] = jax.random.normal(jax.random.fold_in(key, n), (size, rank))
         far[entry.site.path] = jnp.broadcast_to(far[entry.site.path], (*site.batch_shape, size, rank))
-
-    def iterate(_: Any, near: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    near = _products(loss, params, adapters, batch, far, opposite=True)
+    for _ in range(power_iterations):
         far = _products(loss, params, adapters, batch, _orthonormal(near), opposite=False)
-        return _products(loss, params, adapters, batch, _orthonormal(far), opposite=True)
-
-    # A loop, so that two backward passes are compiled however many are made.
-    near = jax.lax.fori_loop(0, power_iterations, iterate, _products(loss, params, adapters, batch, far, opposite=True))
+        near = _products(loss, params, adapters, batch, _orthonormal(far), opposite=True)
     near = {entry.site.path: linalg.left_singular_vectors(near[entry.site.path], _rank(entry)) for entry in own}
     far = _products(loss, params, adapters, batch, {path: near[path] for path in both}, opposite=False) if both else {}
     found = {}
