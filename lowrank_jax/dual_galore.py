@@ -86,7 +86,7 @@ def subspaces(
         far[entry.site.path] = jax.random.normal(jax.random.fold_in(key, n), (size, rank))
         far[entry.site.path] = jnp.broadcast_to(far[entry.site.path], (*site.batch_shape, size, rank))
     near = _products(loss, params, adapters, batch, far, opposite=True)
-    for _ in range(power_iterations):
+    for _ in range(power_iterations):  # no loop of the compiler's: on a TPU it holds twice the temporaries
         far = _products(loss, params, adapters, batch, _orthonormal(near), opposite=False)
         near = _products(loss, params, adapters, batch, _orthonormal(far), opposite=True)
     near = {entry.site.path: linalg.left_singular_vectors(near[entry.site.path], _rank(entry)) for entry in own}

@@ -26,7 +26,8 @@ def scale_by_adam_8bit(
     """Adam with block-wise dynamic eight-bit moments: two bytes and a few a number instead of eight.
 
     8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861). The moments are decoded, updated in float32 and encoded again in every
-    step, without feedback of the error. Use it like ``optax.scale_by_adam``, as the inner transform of `galore` too.
+    step, without feedback of the error. Use it like ``optax.scale_by_adam``, as the inner transform of `galore` too. Blocks run across rows
+    and layers, so on a mesh every device holds all of them.
 
     Args:
       b1, b2, eps: as in ``optax.scale_by_adam``. block: numbers that share a scale.
