@@ -33,6 +33,7 @@ METHODS: dict[str, lr.Method] = {
     "lamda/sigma": lr.lamda(rank=32, core="sigma"),
     "lamda/svd_zero": lr.lamda(rank=32, init="svd_zero"),
     "lamda/official_code": lr.lamda(rank=32, init="official_code"),
+    "lamda/freeze_0.9": lr.lamda(rank=32, freeze=0.9),  # what the early freezing costs
 }
 HEAD_COUNT = head_count()  # trained by every method alike
 LOG = RESULTS / "tweets.jsonl"

@@ -36,8 +36,9 @@ def galore(
     A weight ``W [*batch, n_in, n_out]`` with gradient ``G`` is updated by ``scale * P inner(P^T G)``, where ``P [*batch, n_in, r]`` holds
     the leading singular directions of the gradient at the last refresh (``inner(G Q) Q^T`` where the output side is projected). The
     inner state is as large as ``P^T G``; with Adam ``2 r max(n_in, n_out) + r min(n_in, n_out)`` numbers a matrix instead of
-    ``2 n_in n_out``. Every layer of a scanned stack and every expert has a subspace of its own. Leaves that are not targeted are updated
-    by ``inner`` as they are.
+    ``2 n_in n_out``. Every layer of a scanned stack and every expert has a subspace of its own. On a mesh ``P`` and the inner state are
+    divided as the weight is (made by ``init`` from the weights where they lie). Leaves that are not targeted are
+    updated by ``inner`` as they are.
 
     Weight decay and the learning rate belong outside, where the weight is whole::
 
