@@ -250,10 +250,13 @@ def _explain(asset: Asset, output: str) -> str:
 
 
 def _largest_wheel(work: pathlib.Path) -> int:
+    """Bytes; pip moves files when they are complete and removes its folders meanwhile."""
     sizes = [0]
-    for file in work.rglob("*.whl"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves the file when it is complete
-            sizes.append(file.stat().st_size)
+    for folder, _, names in os.walk(work):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(os.stat(os.path.join(folder, name)).st_size)
     return max(sizes)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 import pathlib
 import subprocess
 import sys
@@ -138,6 +139,21 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
 def _fetch_in_child(pin, queue):
     assets.ASSETS["tiny"] = pin
     queue.put(str(assets.fetch("tiny", progress=False)))
+
+
+def test_the_bar_looks_on_while_pip_removes_its_folders(tmp_path, monkeypatch):
+    for name, size in (("kept", 7), ("gone", 9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.whl").write_bytes(bytes(size))
+    scandir = os.scandir
+
+    def removed(path):
+        if pathlib.Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removed)
+    assert assets._largest_wheel(tmp_path) == 7
 
 
 def test_two_processes_at_once_agree(index):
